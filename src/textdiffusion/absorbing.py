@@ -1,0 +1,72 @@
+"""What all families that hide tokens share: hiding, and the count form of their bounds.
+
+Let curve(n) be the mean cross-entropy, in nats, of a hidden token when n random positions of an L-token text are
+hidden. For a network that takes no time (the hidden positions say how noisy the text is) every bound of the family is
+a sum over that one curve:
+
+- continuous time:                 sum_{n=1..L} curve(n)                          (MDLM 2406.07524 eq. 11 with the time
+                                                                                  integrated out; ARDM 2110.02037)
+- the ancestral sampler, T calls:  sum_n n * curve(n) * sum_k Bin(n; L, 1 - a_t) (a_s - a_t) / (1 - a_t)
+- a sampler that reveals m_k random positions in its k-th call, n_k being hidden before it:  sum_k m_k curve(n_k)
+                                                                                  (2510.25544)
+so one measured curve gives them all, with no further network call.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from textdiffusion.noise import Noise
+from textdiffusion.schedules import Schedule
+
+
+def hide_counts(length: int, hidden: Tensor, noise: Noise, tag: str = "hide") -> Tensor:
+    """Choose exactly ``hidden`` [B] of ``length`` positions, uniformly at random: bool [B L]."""
+    order = noise.uniform(tag, length).argsort(-1).argsort(-1)
+    return order < hidden.unsqueeze(-1)
+
+
+def ancestral_weights(length: int, schedule: Schedule, times: Sequence[float]) -> np.ndarray:
+    """Weights of curve(0..L) in the bound of the ancestral sampler on the grid 1 = t_0 > ... > t_T = 0, [L + 1].
+
+    E sum over steps of (expected reveals in the step) x (cross-entropy there), the number hidden at time t being
+    binomial.
+    """
+    alpha = schedule.alpha(torch.tensor(times, dtype=torch.float64)).numpy()
+    n = np.arange(length + 1)
+    log_choose = _log_factorial(length) - np.array(
+        [_log_factorial(k) + _log_factorial(length - k) for k in range(length + 1)]
+    )
+    weights = np.zeros(length + 1)
+    for a_t, a_s in itertools.pairwise(alpha):
+        rate = 1.0 - a_t
+        with np.errstate(divide="ignore", invalid="ignore"):
+            # 0 * log 0 = 0: at t = 1 every token is hidden.
+            log_bin = log_choose + np.where(n > 0, n * np.log(rate), 0.0)
+            log_bin = log_bin + np.where(n < length, (length - n) * np.log(a_t if a_t > 0 else 0.0), 0.0)
+        weights += np.exp(log_bin) * n * (a_s - a_t) / rate
+    return weights
+
+
+def count_weights(length: int, counts: Sequence[int]) -> np.ndarray:
+    """Weights of curve(0..L) in the bound of the sampler that reveals ``counts`` random positions, call by call."""
+    weights, hidden = np.zeros(length + 1), length
+    for count in counts:
+        weights[hidden] += count
+        hidden -= count
+    return weights
+
+
+def hidden_targets(free: Tensor, s: Tensor, schedule: Schedule) -> Tensor:
+    """How many of ``free`` [B] positions are still hidden at times s [B] in samplers that reveal exact counts."""
+    # The small term makes a product that is an integer but for rounding error come out as that integer.
+    return torch.ceil(free * (1 - schedule.alpha(s)) - 1e-9).long()
+
+
+def _log_factorial(n: int) -> float:
+    return float(torch.lgamma(torch.tensor(n + 1.0, dtype=torch.float64)))

@@ -1,0 +1,329 @@
+"""The command line. Nothing heavy is imported before a verb needs it, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from textdiffusion import __version__
+from textdiffusion.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from textdiffusion.fit import Stopped
+    from textdiffusion.model import Model
+    from textdiffusion.run import RunConfig
+
+DEMO_MINUTES = 2.0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (`{self.prog} --help` lists what it takes)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="textdiffusion",
+        description="Diffusion language models: train one, watch it write, infill, evaluate.",
+        epilog="New here? `textdiffusion demo` trains a small model in two minutes and shows text appear out of noise.",
+    )
+    parser.add_argument("--version", action="version", version=f"textdiffusion {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+
+    def verb(name: str, act: Callable[[argparse.Namespace], int], text: str, json_flag: bool = True) -> Any:
+        p = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        p.set_defaults(act=act)
+        p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+        if json_flag:
+            p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+        return p
+
+    p = verb("demo", _demo, "train a small model on built-in text and watch it write (about two minutes)", False)
+    p.add_argument("--minutes", type=float, default=DEMO_MINUTES, help="minutes of training (default: 2)")
+    p.add_argument("--out", type=Path, help="run directory (default: runs/demo)")
+    p.add_argument("--seed", type=int, default=0)
+
+    p = verb("train", _train, "train a model")
+    p.add_argument("--family", default="masked", help="see `textdiffusion families` (default: masked)")
+    p.add_argument("--data", default="pydoc", metavar="pydoc|PATH|hf:NAME",
+                   help="built-in text; a .txt, .jsonl, .csv or .parquet file, folder or glob; or a hub name")  # fmt: skip
+    p.add_argument("--text-field", default="text", help="field of the text in .jsonl, .csv, .parquet and hub data")
+    p.add_argument("--out", type=Path, metavar="RUN", help="run directory (default: a new one under runs/)")
+    p.add_argument("--preset", choices=["tiny", "small", "base"], help="size: 3, 6 or 12 blocks (default: tiny)")
+    p.add_argument("--depth", type=int, help="blocks; width, heads and learning rate follow")
+    p.add_argument("--tokenizer", default="char", metavar="char|byte|bpe:N|hf:NAME", help="(default: char)")
+    p.add_argument("--length", type=int, help="longest text, in tokens (default: 64)")
+    budget = p.add_mutually_exclusive_group()
+    budget.add_argument("--steps", type=int, help="optimiser steps")
+    budget.add_argument("--minutes", type=float, help="minutes of wall clock (default: 5)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the newest)")
+    p.add_argument("--set", action="append", default=[], metavar="PART.KEY=VALUE", dest="settings",
+                   help="any field of network, process, training or data; may be repeated")  # fmt: skip
+    p.add_argument("--dry-run", action="store_true", help="say what would be trained, and train nothing")
+
+    p = verb("sample", _sample, "write text")
+    p.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run directory (default: the newest under runs/)")
+    p.add_argument("-n", type=int, default=4, help="texts (default: 4)")
+    p.add_argument("--length", type=int, help="tokens (default: the training window)")
+    p.add_argument("--calls", type=int, metavar="T", help="network calls a text (default: one a token, the best)")
+    p.add_argument("--sampler", default="auto", help="auto, or a name from `textdiffusion families NAME`")
+    p.add_argument("--temperature", type=float, default=1.0)
+    p.add_argument("--top-p", type=float)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--prompt", metavar="TEXT", help="how the texts begin")
+    p.add_argument("--infill", metavar="TEXT", help='text with gaps, one underscore a token: "The ____ sat"')
+    p.add_argument("--watch", action="store_true", help="show the denoising")
+
+    p = verb("eval", _eval, "measure bits per character of held-out text")
+    p.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run directory (default: the newest under runs/)")
+    p.add_argument("--data", metavar="PATH", help="other text, all of it held out (default: the run's held-out part)")
+    p.add_argument("--calls", metavar="1,2,4,...", help="also of samplers with exactly so many network calls")
+    p.add_argument("--eval-tokens", type=int, metavar="N", help="read about N tokens (default: all)")
+    p.add_argument("--draws", type=int, default=2, help="noisy copies of each window (default: 2)")
+    p.add_argument(
+        "--samples", type=int, default=64, metavar="N", help="texts written for the statistics (default: 64)"
+    )
+    p.add_argument("--seed", type=int, default=0)
+
+    p = verb("families", _families, "list the families, or describe one")
+    p.add_argument("name", nargs="?", metavar="NAME")
+    verb("doctor", _doctor, "describe this machine and what would be used on it")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    try:
+        chosen = _parser().parse_args(arguments)
+        return int(chosen.act(chosen))
+    except UserError as error:
+        print(f"textdiffusion: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (`| head`): nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _console(quiet: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=quiet)
+
+
+# -- demo ---------------------------------------------------------------------------------------------------------
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from textdiffusion.model import load, pick_device
+    from textdiffusion.presets import demo_config
+    from textdiffusion.run import RUNS
+
+    console = _console()
+    path = args.out or RUNS / "demo"
+    number = 2
+    while args.out is None and path.exists():
+        path, number = RUNS / f"demo-{number}", number + 1
+    console.rule("1. a masked diffusion model learns the Python reference")
+    config = demo_config(args.minutes, args.seed)
+    _follow(config, path, False, pick_device(args.device), console)
+    model = load(path, args.device)
+    console.rule("2. text appears out of noise")
+    model.watch(2, seed=args.seed)
+    console.rule("3. it fills gaps, anywhere")
+    model.watch(1, infill="The ________ of the ________ is a string.", seed=args.seed)
+    console.rule("4. what this is, and is not")
+    console.print(
+        f"""{args.minutes:g} minutes teach a small network the spelling and the habits of its text: most words are words, many pairs of
+them fit, sentences do not hold together. More time, more text and a larger network give more of each.
+
+Try next:
+  textdiffusion sample {path} --watch --calls 8           the same in 8 network calls: faster, rougher
+  textdiffusion sample {path} --infill "Return the ____"  fill gaps; an underscore is one token
+  textdiffusion eval {path} --calls 1,2,4,8,16,32         bits per character, and what fewer calls cost
+  textdiffusion train --data my.txt --minutes 20                your own text
+The run is in {path}.""",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    return 0
+
+
+# -- train --------------------------------------------------------------------------------------------------------
+
+
+def _follow(config: RunConfig, path: Path, resume: bool, device: str, console: Console, quiet: bool = False) -> Stopped:
+    from textdiffusion.fit import Stopped, fit
+    from textdiffusion.terminal import TrainingView
+
+    last = None
+    with TrainingView(console, quiet) as view:
+        for event in fit(config, path, resume=resume, device=device):
+            view.show(event)
+            if isinstance(event, Stopped):
+                last = event
+    assert last is not None
+    return last
+
+
+def _train(args: argparse.Namespace) -> int:
+    from textdiffusion.presets import DEFAULT_LENGTH, configure
+
+    if args.resume:
+        return _resume(args)
+    config = configure(
+        family=args.family, data=args.data, text_field=args.text_field, tokenizer=args.tokenizer,
+        length=DEFAULT_LENGTH if args.length is None else args.length, preset=args.preset, depth=args.depth,
+        steps=args.steps, minutes=args.minutes, seed=args.seed, settings=args.settings,
+    )  # fmt: skip
+    if args.dry_run:
+        return _dry_run(args, config)
+    from textdiffusion.model import new_run_path, pick_device
+
+    path = args.out or new_run_path(config.family, config.data.source)
+    return _report(args, _follow(config, path, False, pick_device(args.device), _console(args.json), args.json))
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from textdiffusion.model import pick_device
+    from textdiffusion.run import Run, newest_run
+
+    path = args.out or newest_run()
+    config = Run.open(path).config
+    return _report(args, _follow(config, path, True, pick_device(args.device), _console(args.json), args.json))
+
+
+def _report(args: argparse.Namespace, stopped: Stopped) -> int:
+    if args.json:
+        body = {k: v for k, v in vars(stopped).items() if k != "signal"} | {"run": str(stopped.run)}
+        print(json.dumps(body | {"finished": stopped.signal is None}))
+    elif stopped.signal is None:
+        print(f"trained {stopped.run}; see it write: textdiffusion sample {stopped.run} --watch")
+    return 0 if stopped.signal is None else 128 + stopped.signal
+
+
+def _dry_run(args: argparse.Namespace, config: RunConfig) -> int:
+    from textdiffusion.doctor import estimate
+    from textdiffusion.model import pick_device
+
+    plan = estimate(config, pick_device(args.device))
+    if args.json:
+        print(json.dumps(plan))
+    else:
+        for key, value in plan.items():
+            print(
+                f"{key.replace('_', ' '):<28}{value:,}"
+                if isinstance(value, int)
+                else f"{key.replace('_', ' '):<28}{value}"
+            )
+    return 0
+
+
+# -- sample -------------------------------------------------------------------------------------------------------
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from textdiffusion.model import load
+
+    model = load(args.run, args.device)
+    how = {
+        "sampler": args.sampler, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
+        "prompt": args.prompt, "infill": args.infill,
+    }  # fmt: skip
+    if args.watch and not args.json:
+        model.watch(args.n, args.length, args.calls, **how)
+        return 0
+    texts, calls = model.sample_counted(args.n, args.length, args.calls, **how)
+    if args.json:
+        print(json.dumps({"samples": [{"text": t, "calls": c} for t, c in zip(texts, calls)], "calls": max(calls),
+                          "seed": args.seed, "sampler": args.sampler}, ensure_ascii=False))  # fmt: skip
+        return 0
+    for number, text in enumerate(texts, 1):
+        print(text if len(texts) == 1 else f"--- {number}\n{text}")
+    return 0
+
+
+# -- eval ---------------------------------------------------------------------------------------------------------
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from textdiffusion.model import load
+    from textdiffusion.report import report
+
+    calls = _numbers(args.calls) if args.calls else []
+    for name, value, least in (
+        ("--eval-tokens", args.eval_tokens, 1),
+        ("--draws", args.draws, 1),
+        ("--samples", args.samples, 0),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{name} must be at least {least}, not {value}")
+    model: Model = load(args.run, args.device)
+    result = report(
+        model,
+        data=args.data,
+        calls=calls,
+        tokens=args.eval_tokens,
+        draws=args.draws,
+        samples=args.samples,
+        seed=args.seed,
+    )
+    if args.json:
+        print(json.dumps(result.as_dict()))
+        return 0
+    for line in result.lines():
+        print(line)
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise UserError(f"--calls takes whole numbers from 1 up, separated by commas, not {text!r}")
+    return found
+
+
+# -- families, doctor ---------------------------------------------------------------------------------------------
+
+
+def _families(args: argparse.Namespace) -> int:
+    from textdiffusion.catalogue import describe, listing
+
+    rows = listing() if args.name is None else [describe(args.name)]
+    if args.json:
+        print(json.dumps(rows if args.name is None else rows[0]))
+        return 0
+    for row in rows:
+        print(f"{row['name']:<16}{row['summary']}")
+        if args.name is not None:
+            print(f"{'paper':<16}{row['paper']}")
+            for part in ("fields", "samplers"):
+                for key, text in row[part].items():
+                    print(f"{part[:-1]:<16}{key}: {text}")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from textdiffusion.doctor import machine
+
+    facts = machine(args.device)
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    for key, value in facts.items():
+        print(f"{key:<14}{value}")
+    return 0

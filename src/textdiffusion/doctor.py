@@ -1,0 +1,89 @@
+"""What this machine is and would be asked to do: `textdiffusion doctor` and `train --dry-run`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from textdiffusion import __version__
+from textdiffusion.fit import prepare
+from textdiffusion.model import pick_device
+from textdiffusion.networks.transformer import Transformer
+from textdiffusion.noise import Noise
+from textdiffusion.process import count_parameters
+from textdiffusion.run import RunConfig, build
+from textdiffusion.training import Learner, fastest_precision, tune_allocator
+
+
+def machine(device: str = "auto") -> dict[str, str]:
+    """Facts about the machine, and the choices that would be made on it."""
+    device = pick_device(device)
+    precision = fastest_precision(torch.device(device), 256)
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "textdiffusion": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.platform(),
+        "processor": f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used by torch",
+        "gpu": ", ".join(gpus) or "none that torch can use",
+        "device": device,
+        "precision": f"{precision}: measured just now, bfloat16 products are "
+        + ("clearly faster here" if precision == "bf16" else "not clearly faster here"),
+    }
+
+
+def estimate(config: RunConfig, device: str) -> dict[str, Any]:
+    """What a training would be: sizes, arithmetic, memory and time; three steps are timed and thrown away.
+
+    Raises:
+        UserError: unusable data or settings.
+    """
+    tune_allocator()
+    corpus, _, config = prepare(config)
+    process = build(config)
+    network = process.network
+    assert isinstance(network, Transformer)
+    network.to(device)
+    network.compute_dtype = torch.float32
+    training = config.training
+    precision = training.precision
+    if precision == "auto":
+        precision = fastest_precision(torch.device(device), int(config.network["width"]))
+    if precision == "bf16":
+        network.compute_dtype = torch.bfloat16
+    learner = Learner(network, training)
+    window, batch = int(config.network["window"]), training.batch
+    x_0 = torch.randint(0, config.vocabulary, (batch, window), device=device)
+    seconds = []
+    for step in range(3):
+        begin = time.perf_counter()
+        learner.learn(process, x_0, Noise(0, np.arange(batch), batch, step, device))
+        seconds.append(time.perf_counter() - begin)
+    parameters = count_parameters(network)
+    a_step = min(seconds)
+    steps = training.steps or max(1, round(60 * (training.minutes or 0.0) / a_step))
+    # Weights, gradients, averaged weights, and one (Muon) or two (AdamW) moments, in float32; activations come on top.
+    return {
+        "family": config.family,
+        "characters_to_learn_from": sum(map(len, corpus.train)),
+        "vocabulary": config.vocabulary,
+        "parameters": parameters,
+        "precision": precision,
+        "tokens_a_step": batch * window,
+        "gigaflops_a_step": round(6 * parameters * batch * window / 1e9, 1),
+        "megabytes_of_state": round(5 * 4 * parameters / 1e6, 1),
+        "seconds_a_step": round(a_step, 4),
+        "steps": steps,
+        "minutes": round(steps * a_step / 60, 2),
+    }

@@ -1,0 +1,158 @@
+"""The autoregressive baseline that diffusion is judged against: p(x) = prod_i p(x_i | x_1 .. x_{i-1}).
+
+q           Seen as a noise process, it hides a text from its end: at time t the last ceil(t L) positions are hidden.
+network     Causal; its input is the text moved one to the right, the end-of-text token in front.
+loss        Cross-entropy of every token.
+likelihood  Exact, at L calls, no more and no fewer.
+sampling    Left to right with a key-value cache. Past the training window the older half of the window is forgotten and
+            the rest encoded again, so that the network never sees a text longer than it was trained on.
+departs from the usual in: nothing that matters; same windows, same start token and same network as the others, so that
+            the comparison is fair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, final, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from textdiffusion.errors import UserError
+from textdiffusion.noise import Noise
+from textdiffusion.process import Discrete, Network, Nll, Prediction, Process, State
+from textdiffusion.steps.ordering import LeftToRight
+
+
+@dataclass
+class AutoregressiveConfig:
+    """The autoregressive family has no field of its own."""
+
+
+@runtime_checkable
+class _Caching(Protocol):
+    """A network that can remember what it has read."""
+
+    config: Any
+
+    def empty_cache(self, rows: int) -> Any: ...
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What has been read: the cache, and where in the text each row's window starts, int64 [B]."""
+
+    cache: Any
+    start: Tensor
+
+    def select(self, rows: Tensor) -> _Read:
+        return _Read(self.cache.select(rows), self.start[rows])
+
+
+@final
+class Autoregressive(Process):
+    """The autoregressive baseline; see the head of the file."""
+
+    Config: ClassVar[type] = AutoregressiveConfig
+    summary: ClassVar[str] = "left to right, one token a call; exact likelihood; prompts, but no infilling"
+    paper: ClassVar[str] = "the usual causal language model"
+    bounded: ClassVar[bool] = False
+    infills: ClassVar[bool] = False
+
+    def __init__(self, network: Network, config: AutoregressiveConfig, vocabulary: int, *, start: int = 0):
+        super().__init__(network, config, vocabulary, start=start)
+        self.mask = vocabulary
+        self.space = Discrete(vocabulary + 1)
+        self.steps = {"left-to-right": LeftToRight(self.mask)}
+
+    @classmethod
+    def network_fields(cls, config: Any, vocabulary: int) -> dict[str, Any]:
+        return {"inputs": vocabulary, "outputs": vocabulary, "attention": "causal"}
+
+    # -- forward --------------------------------------------------------------------------------------------------
+    def q_sample(self, x_0: Tensor, t: Tensor, noise: Noise) -> State:
+        length = x_0.shape[1]
+        shown = length - torch.ceil(t.double() * length - 1e-9)
+        hidden = torch.arange(length, device=x_0.device) >= shown.unsqueeze(-1)
+        return State(x_0.masked_fill(hidden, self.mask), t.double())
+
+    def prior_sample(self, rows: int, length: int, noise: Noise) -> State:
+        x = torch.full((rows, length), self.mask, dtype=torch.long, device=noise.device)
+        return State(x, torch.ones(rows, dtype=torch.float64, device=noise.device))
+
+    # -- learning -------------------------------------------------------------------------------------------------
+    def _inputs(self, x: Tensor) -> Tensor:
+        """The text moved one to the right; positions that are hidden hold the start token, and are read by nobody."""
+        x = torch.cat((x.new_full((len(x), 1), self.start), x[:, :-1]), 1)
+        return x.masked_fill(x == self.mask, self.start)
+
+    def predict(self, state: State, positions: Tensor | None = None, condition: Tensor | None = None) -> Prediction:
+        """log p(x_i | x_<i); only positions up to the first hidden one have a meaning."""
+        if positions is not None and bool((positions.sum(-1) == 1).all()):
+            logits, memory = self._read_on(state, positions, condition)
+        else:
+            logits, memory = self.network(self._inputs(state.x), condition=condition, positions=positions), None
+        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        symbols = state.x if positions is None else state.x[positions]
+        certain = torch.full_like(log_p, -torch.inf).scatter_(
+            -1, symbols.clamp(max=self.vocabulary - 1).unsqueeze(-1), 0.0
+        )
+        return Prediction(torch.where((symbols != self.mask).unsqueeze(-1), certain, log_p), memory=memory)
+
+    def _read_on(self, state: State, positions: Tensor, condition: Tensor | None) -> tuple[Tensor, _Read | None]:
+        """Outputs [B V] at one position a row, reading only what the cache has not read yet."""
+        x, memory = state.x, state.memory
+        at = positions.long().argmax(-1)
+        window = self.network.config.window if isinstance(self.network, _Caching) else x.shape[1]
+        start = torch.zeros_like(at) if memory is None else memory.start
+        full = at - start >= window
+        if memory is not None and not full.any():
+            local = (at - start).unsqueeze(-1)
+            token = x.gather(1, (at - 1).unsqueeze(-1))
+            return self.network(token, condition=condition, cache=memory.cache, at=local)[:, 0], memory
+        # Read the prefix, or what is kept of it, in one call.
+        start = torch.where(full, at - window // 2, start)
+        local = torch.arange(int((at - start).max()) + 1, device=x.device).expand(len(x), -1)
+        source = (start.unsqueeze(-1) + local).clamp(max=x.shape[1] - 1)
+        inputs = self._inputs(x.gather(1, source))
+        last = local == (at - start).unsqueeze(-1)
+        if not isinstance(self.network, _Caching):
+            return self.network(inputs, condition=condition, positions=last), None
+        cache = self.network.empty_cache(len(x))
+        return self.network(inputs, condition=condition, positions=last, cache=cache, at=local), _Read(cache, start)
+
+    def loss(self, x_0: Tensor, noise: Noise, condition: Tensor | None = None, progress: float = 1.0) -> Tensor:
+        """Nats per token [B]: the negative log-likelihood over the length."""
+        return self._nats(x_0, condition) / x_0.shape[1]
+
+    def _nats(self, x_0: Tensor, condition: Tensor | None = None) -> Tensor:
+        logits = self.network(self._inputs(x_0), condition=condition)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits.flatten(0, 1), x_0.flatten(), reduction="none").view(x_0.shape).sum(-1)
+
+    def nll(self, x_0: Tensor, noise: Noise, calls: int | None = None) -> Nll:
+        """Exact. Raises UserError for fewer calls than tokens: this family has no such sampler."""
+        if calls is not None and calls < x_0.shape[1]:
+            raise UserError(
+                f"the autoregressive family takes {x_0.shape[1]} calls for {x_0.shape[1]} tokens, not {calls}"
+            )
+        diffusion = self._nats(x_0).double()
+        zero = torch.zeros_like(diffusion)
+        return Nll(diffusion, zero, zero, "exact", "left-to-right", x_0.shape[1])
+
+    # -- reverse --------------------------------------------------------------------------------------------------
+    def plan(self, length: int, calls: int) -> Sequence[float]:
+        return [1 - k / length for k in range(length)] + [0.0]
+
+    def template(self, tokens: Tensor, given: Tensor, noise: Noise) -> State:
+        if bool((given[:, 1:] & ~given[:, :-1]).any()):
+            raise UserError(
+                "the autoregressive family writes on from a prompt and cannot infill; use --prompt, or a masked run"
+            )
+        state = self.prior_sample(len(tokens), tokens.shape[1], noise)
+        return State(torch.where(given, tokens, state.x), state.t, given)
+
+    def decode(self, state: State) -> Tensor:
+        return state.x.masked_fill(state.x == self.mask, -1)

@@ -1,0 +1,151 @@
+"""Masked diffusion (MDLM 2406.07524, MD4 2406.04329, RADD 2406.03736, ARDM 2110.02037).
+
+q           Every token is replaced by [MASK], independently, with probability 1 - alpha(t); alpha(0) = 1, alpha(1) = 0.
+network     Context logits f_i(v) from the masked text; no time input (the text says how much of it is hidden).
+predict     softmax f_i at a hidden position; at a shown one the token itself (carry-over).
+loss        Cross-entropy of the hidden tokens. By default one draw of the bound itself, in count form: a number n of
+            hidden positions, n uniform on 1..L, and the mean cross-entropy over them.
+bound       -log p(x) <= sum_{n=1..L} curve(n), curve(n) the expected cross-entropy of a hidden token when n random ones
+            are hidden: the schedule-invariant integral of MDLM eq. 11 with time integrated out. No prior term
+            (alpha(1) = 0 exactly) and no reconstruction term (alpha(0) = 1).
+departs from the papers in: counts instead of Bernoulli masks in training, so that no row is without a hidden token and
+            the 1/t weight, with its variance, never appears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from textdiffusion.absorbing import ancestral_weights, count_weights, hidden_targets, hide_counts
+from textdiffusion.errors import UserError
+from textdiffusion.noise import Noise
+from textdiffusion.process import Discrete, Network, Nll, Prediction, Process, State
+from textdiffusion.schedules import SCHEDULES
+from textdiffusion.steps.unmasking import unmasking_steps
+
+
+@dataclass
+class MaskedConfig:
+    """Fields of the masked family."""
+
+    schedule: str = "linear"  # alpha(t) of the samplers' grid; the bound in continuous time does not depend on it
+    rate: Literal["uniform", "bell"] = "uniform"  # law of the mask rate in training; bell is N(1/2, 1/4) cut to (0, 1)
+    weight: Literal["bound", "flat"] = "bound"  # bound: mean over hidden tokens; flat: sum, twice over the length
+    curriculum: float = 0.0  # share of the training over which the mean mask rate rises to its final value
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"process.schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
+        if self.rate not in ("uniform", "bell") or self.weight not in ("bound", "flat"):
+            raise UserError("process.rate must be uniform or bell, process.weight bound or flat")
+
+
+@final
+class Masked(Process):
+    """Masked diffusion; see the head of the file."""
+
+    Config: ClassVar[type] = MaskedConfig
+    summary: ClassVar[str] = "tokens are hidden and revealed in any order; infills anywhere; upper bound on likelihood"
+    paper: ClassVar[str] = "MDLM 2406.07524, MD4 2406.04329, RADD 2406.03736"
+    bounded: ClassVar[bool] = True
+    infills: ClassVar[bool] = True
+
+    def __init__(self, network: Network, config: MaskedConfig, vocabulary: int, *, start: int = 0):
+        super().__init__(network, config, vocabulary, start=start)
+        self.mask = vocabulary
+        self.space = Discrete(vocabulary + 1)
+        self.schedule = SCHEDULES[config.schedule]
+        self.steps = unmasking_steps(self.mask, self.schedule)
+
+    @classmethod
+    def network_fields(cls, config: Any, vocabulary: int) -> dict[str, Any]:
+        return {"inputs": vocabulary + 1, "outputs": vocabulary, "attention": "bidirectional"}
+
+    # -- forward --------------------------------------------------------------------------------------------------
+    def q_sample(self, x_0: Tensor, t: Tensor, noise: Noise) -> State:
+        hidden = noise.uniform("mask", x_0.shape[1]) >= self.schedule.alpha(t.double()).unsqueeze(-1)
+        return State(x_0.masked_fill(hidden, self.mask), t.double())
+
+    def prior_sample(self, rows: int, length: int, noise: Noise) -> State:
+        x = torch.full((rows, length), self.mask, dtype=torch.long, device=noise.device)
+        return State(x, torch.ones(rows, dtype=torch.float64, device=noise.device))
+
+    # -- learning -------------------------------------------------------------------------------------------------
+    def predict(self, state: State, positions: Tensor | None = None, condition: Tensor | None = None) -> Prediction:
+        x = state.x
+        logits = self.network(x, condition=condition, positions=positions)
+        # Half precision is the network's business; probabilities are normalised in float32 at least.
+        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        symbols = x if positions is None else x[positions]
+        shown = symbols != self.mask
+        certain = torch.full_like(log_p, -torch.inf).scatter_(
+            -1, symbols.clamp(max=self.vocabulary - 1).unsqueeze(-1), 0.0
+        )
+        return Prediction(torch.where(shown.unsqueeze(-1), certain, log_p))
+
+    def _cross_entropy(self, x_0: Tensor, hidden: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Sum over hidden positions (bool [B L]) of -log p(x_0 | the rest), [B]; the head runs on those alone."""
+        logits = self.network(x_0.masked_fill(hidden, self.mask), condition=condition, positions=hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nats = F.cross_entropy(logits, x_0[hidden], reduction="none")
+        row = torch.arange(len(x_0), device=x_0.device).unsqueeze(-1).expand_as(hidden)[hidden]
+        return nats.new_zeros(len(x_0)).index_add(0, row, nats)
+
+    def loss(self, x_0: Tensor, noise: Noise, condition: Tensor | None = None, progress: float = 1.0) -> Tensor:
+        """Nats per token [B]. With the default fields an unbiased one-draw estimate of the bound over L."""
+        length = x_0.shape[1]
+        # 1. A mask rate, stratified over the global batch.
+        rate = noise.stratified("rate")
+        if self.config.rate == "bell":
+            low, high = (torch.special.ndtr(torch.tensor(b, dtype=torch.float64)) for b in (-2.0, 2.0))
+            rate = 0.5 + 0.25 * torch.special.ndtri(low + (high - low) * rate)
+        # 2. Early in training few tokens are hidden: rate ** power with 1 / (1 + power) going from 0.15 to 1/2.
+        if progress < self.config.curriculum:
+            mean = 0.15 + 0.35 * progress / self.config.curriculum
+            rate = rate ** (1 / mean - 1)
+        # 3. Hide exactly n positions, n = 1..L.
+        n = (rate * length).long().clamp(max=length - 1) + 1
+        total = self._cross_entropy(x_0, hide_counts(length, n, noise), condition)
+        # 4. Weigh.
+        return total / n if self.config.weight == "bound" else total * (2 / length)
+
+    def nll(self, x_0: Tensor, noise: Noise, calls: int | None = None) -> Nll:
+        """One draw of the bound: n uniform on 1..L, stratified over the rows. For T calls, of the "random" sampler."""
+        length = x_0.shape[1]
+        n = (noise.stratified("count") * length).long().clamp(max=length - 1) + 1
+        weights = torch.from_numpy(self.curve_weights(length, calls)).to(x_0.device)
+        diffusion = length * weights[n] * self.curve_point(x_0, n, noise)
+        zero = torch.zeros_like(diffusion)
+        return Nll(diffusion, zero, zero, "upper", next(iter(self.steps)), calls)
+
+    def curve_point(self, x_0: Tensor, hidden: Tensor, noise: Noise) -> Tensor:
+        return self._cross_entropy(x_0, hide_counts(x_0.shape[1], hidden, noise)).double() / hidden
+
+    def curve_weights(self, length: int, calls: int | None, sampler: str | None = None) -> np.ndarray:
+        if calls is None:
+            return np.concatenate(([0.0], np.ones(length)))
+        times = self.plan(length, calls)
+        if sampler == "ancestral":
+            return ancestral_weights(length, self.schedule, times)
+        free = torch.full((len(times),), length)
+        hidden = hidden_targets(free, torch.tensor(times, dtype=torch.float64), self.schedule)
+        return count_weights(length, (hidden[:-1] - hidden[1:]).tolist())
+
+    # -- reverse --------------------------------------------------------------------------------------------------
+    def plan(self, length: int, calls: int) -> Sequence[float]:
+        calls = max(1, min(calls, length))
+        return [1 - k / calls for k in range(calls)] + [0.0]
+
+    def template(self, tokens: Tensor, given: Tensor, noise: Noise) -> State:
+        state = self.prior_sample(len(tokens), tokens.shape[1], noise)
+        return State(torch.where(given, tokens, state.x), state.t, given)
+
+    def decode(self, state: State) -> Tensor:
+        return state.x.masked_fill(state.x == self.mask, -1)

@@ -1,0 +1,241 @@
+"""The Python API: a trained run that samples, infills and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from textdiffusion.errors import UserError
+from textdiffusion.evaluation import evaluate
+from textdiffusion.families import family, names
+from textdiffusion.fit import fit
+from textdiffusion.noise import Noise
+from textdiffusion.presets import configure
+from textdiffusion.process import Process
+from textdiffusion.run import RUNS, Run, RunConfig, newest_run
+from textdiffusion.sampling import Frame, sample
+from textdiffusion.template import Template, gaps, prompt
+from textdiffusion.tokenizer import Tokenizer
+
+BLANK = "░"  # a position where nothing is written yet
+BATCH = 32  # texts denoised together
+
+
+@dataclass(frozen=True)
+class TextFrame:
+    """A frame of the reverse process with its texts.
+
+    step of, t, calls, confidence: as in sampling.Frame. pieces: for each text, the string of each token, BLANK where
+    nothing is written. given: bool [B L], which tokens were fixed.
+    """
+
+    frame: Frame
+    pieces: list[list[str]]
+    given: torch.Tensor
+    decoded: list[str]
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts, with BLANK where nothing is written yet."""
+        return self.decoded
+
+
+class Model:
+    """A run, loaded. Made by `load` or `train`."""
+
+    def __init__(self, process: Process, tokenizer: Tokenizer, config: RunConfig, device: str = "cpu"):
+        self.process, self.tokenizer, self.config, self.device = process, tokenizer, config, device
+
+    @property
+    def window(self) -> int:
+        """Longest text seen in training, in tokens."""
+        return int(self.config.network["window"])
+
+    def _check_length(self, length: int) -> None:
+        if length < 1:
+            raise UserError(f"--length must be at least 1, not {length}")
+        if self.process.bounded and length > self.window:
+            free = [n for n in names() if not family(n).bounded]
+            raise UserError(
+                f"this {self.config.family} run was trained on {self.window} tokens and cannot write {length}; "
+                f"ask for fewer, train with --length {length}, or use a family without that bound: {', '.join(free)}"
+            )
+
+    def _template(self, length: int | None, begin: str | None, infill: str | None) -> Template | None:
+        if begin is not None and infill is not None:
+            raise UserError("give --prompt or --infill, not both: a template can begin with the prompt")
+        if infill is not None:
+            template = gaps(infill, self.tokenizer)
+        elif begin is not None and begin != "":
+            template = prompt(begin, length or self.window, self.tokenizer)
+        else:
+            return None
+        if not self.process.infills and bool((template.given[1:] & ~template.given[:-1]).any()):
+            able = [n for n in names() if family(n).infills]
+            raise UserError(
+                f"the {self.config.family} family writes on from a prompt and cannot fill gaps; "
+                f"use --prompt, or a run of: {', '.join(able)}"
+            )
+        return template
+
+    def stream(
+        self,
+        n: int = 1,
+        length: int | None = None,
+        calls: int | None = None,
+        *,
+        sampler: str | None = None,
+        temperature: float = 1.0,
+        top_p: float | None = None,
+        seed: int = 0,
+        prompt: str | None = None,
+        infill: str | None = None,
+        first_row: int = 0,
+        rows_in_all: int | None = None,
+    ) -> Iterator[TextFrame]:
+        """Denoise n texts together, frame by frame.
+
+        Args:
+            n: texts.
+            length: tokens; the training window unless given. A template has its own length.
+            calls: network calls a text; as many as tokens unless given, which is the best a family can do.
+            sampler: one of ``model.process.steps``, or None (or "auto") for the family's recommended one.
+            temperature, top_p: sharpen or cut the law of each token.
+            seed: the same seed gives the same draws, whatever n.
+            prompt: a given beginning. infill: a text in which each underscore is a free token.
+        Raises:
+            UserError: a value out of range, or something that the family cannot do.
+        """
+        for name, value, low in (("-n", n, 1), ("--calls", calls, 1), ("--temperature", temperature, 0)):
+            if value is not None and not value >= low:
+                raise UserError(f"{name} must be at least {low}, not {value:g}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise UserError(f"--top-p must be above 0 and at most 1, not {top_p:g}")
+        template = self._template(length, prompt, infill)
+        length = len(template) if template is not None else (length or self.window)
+        self._check_length(length)
+        noise = Noise(seed, np.arange(first_row, first_row + n), rows_in_all or n, device=self.device)
+        tokens = given = None
+        if template is not None:
+            tokens = template.tokens.to(self.device).expand(n, -1)
+            given = template.given.to(self.device).expand(n, -1)
+        free = length if template is None else int((~template.given).sum())
+        sampler = None if sampler == "auto" else sampler
+        known = torch.zeros(n, length, dtype=torch.bool) if given is None else given.cpu()
+        for frame in sample(
+            self.process, noise, length, calls or max(free, 1), sampler=sampler, tokens=tokens, given=given,
+            temperature=temperature, top_p=top_p,
+        ):  # fmt: skip
+            rows = frame.tokens.tolist()
+            yield TextFrame(frame, [self._pieces(r) for r in rows], known, [self._text(r) for r in rows])
+
+    def _pieces(self, row: list[int]) -> list[str]:
+        pieces = self.tokenizer.pieces()
+        return [BLANK if t < 0 else pieces[t] for t in row]
+
+    def _text(self, row: list[int]) -> str:
+        """Decode runs of written tokens, so that characters of several bytes come out whole."""
+        out, run = [], list[int]()
+        for token in [*row, -1]:
+            if token >= 0:
+                run.append(token)
+                continue
+            out.append(self.tokenizer.decode(run) if run else "")
+            out.append(BLANK)
+            run = []
+        return "".join(out[:-1])
+
+    def sample(self, n: int = 4, length: int | None = None, calls: int | None = None, **how: Any) -> list[str]:
+        """Write n texts; arguments as in `stream`."""
+        return self.sample_counted(n, length, calls, **how)[0]
+
+    def sample_counted(
+        self, n: int = 4, length: int | None = None, calls: int | None = None, **how: Any
+    ) -> tuple[list[str], list[int]]:
+        """The same, with the network calls that each text took."""
+        if n < 1:
+            raise UserError(f"-n must be at least 1, not {n}")
+        texts: list[str] = []
+        made: list[int] = []
+        for first in range(0, n, BATCH):
+            part = min(BATCH, n - first)
+            *_, last = self.stream(part, length, calls, **how, first_row=first, rows_in_all=n)
+            texts += last.texts
+            made += last.frame.calls.tolist()
+        return texts, made
+
+    def infill(self, template: str, n: int = 1, calls: int | None = None, **how: Any) -> list[str]:
+        """Fill the gaps of a template, n times; each underscore is one free token, and \\_ a literal one."""
+        return self.sample(n, None, calls, infill=template, **how)
+
+    def watch(self, n: int = 1, length: int | None = None, calls: int | None = None, **how: Any) -> list[str]:
+        """Show the denoising live, in a terminal or a notebook, or as plain lines over a pipe; returns the texts."""
+        from textdiffusion.terminal import watch
+
+        return watch(self.stream(n, length, calls, **how))
+
+    def score(self, text: str, draws: int = 8, seed: int = 0) -> float:
+        """Bits per character of a text: exact or an upper bound in expectation, as the family's likelihood is.
+
+        The text is cut into windows as in evaluation. Symbols unknown to a character tokenizer score as one symbol.
+        """
+        ids = np.asarray(self.tokenizer.encode(text), dtype=np.int64)
+        if not len(ids):
+            raise UserError("there is no text to score")
+        windows = [ids[i : i + self.window] for i in range(0, len(ids), self.window)]
+        report = evaluate(self.process, windows, self.tokenizer.characters, draws=draws, seed=seed, device=self.device)
+        return report.figure.bits_per_char
+
+
+def pick_device(device: str) -> str:
+    """ "auto" is a CUDA GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA GPU that torch can use here; try --device cpu, or `textdiffusion doctor`")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("there is no Apple GPU that torch can use here; try --device cpu")
+    return device
+
+
+def load(path: str | Path | None = None, device: str = "auto") -> Model:
+    """Load a run directory; None takes the newest under runs/.
+
+    Raises:
+        UserError: there is no run, or it is damaged.
+    """
+    device = pick_device(device)
+    run = Run.open(Path(path) if path is not None else newest_run())
+    return Model(run.load(device), run.tokenizer, run.config, device)
+
+
+def new_run_path(family_name: str, data: str) -> Path:
+    """A name under runs/ that is not taken."""
+    stem = f"{family_name}-{Path(data).stem or 'text'}"
+    number = 1
+    while (path := RUNS / (stem if number == 1 else f"{stem}-{number}")).exists():
+        number += 1
+    return path
+
+
+def train(out: str | Path | None = None, device: str = "auto", resume: bool = False, **flags: Any) -> Model:
+    """Train a model and load it; arguments as in `presets.configure` (family, data, tokenizer, length, depth, steps,
+    minutes, seed, settings). Prints nothing; use the command line, or `fit.fit`, to see it learn.
+
+    Raises:
+        UserError: unusable data or settings.
+    """
+    config = configure(**flags)
+    path = Path(out) if out is not None else new_run_path(config.family, config.data.source)
+    for _ in fit(config, path, resume=resume, device=pick_device(device)):
+        pass
+    return load(path, device)

@@ -1,0 +1,356 @@
+"""One transformer for every family: bidirectional, causal or block-causal; with or without time and classes.
+
+Shapes: B batch, L length, W window (longest length), D width, H heads, S input symbols, V output symbols, N asked
+positions. It departs from the usual DiT of diffusion language models (SEDD, MDLM) where that paid in bits per
+character per minute on a CPU (docs/results.md):
+
+- a short depthwise convolution before attention and before the feed-forward part, so that spelling need not be
+  learnt by attention; it starts at zero;
+- learned positions, erf GELU and layer norm, which are the cheap ones on a CPU;
+- no time input unless asked for: a masked text says by itself how noisy it is (RADD, 2406.03736);
+- weights are held in float32 and cast where they are used, so that activations may be bfloat16 while gradients
+  add up in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from textdiffusion.errors import UserError
+
+Attention = Literal["bidirectional", "causal", "block"]
+
+
+@dataclass
+class TransformerConfig:
+    """Shape of a transformer.
+
+    ``inputs`` S, ``outputs`` V and ``attention`` are set by the family; the rest is free.
+    """
+
+    inputs: int
+    outputs: int
+    window: int = 64  # longest text, in tokens
+    depth: int = 4
+    width: int = 256
+    heads: int = 4
+    attention: Attention = "bidirectional"
+    block_length: int = 1  # for attention = "block"
+    positions: Literal["relative", "learned", "rotary"] = "relative"
+    convolution: int = 5  # taps of the depthwise convolutions; 0 leaves them out
+    expansion: float = 4.0  # width of the feed-forward part over the width
+    dropout: float = 0.0
+    bias: bool = False
+    time: bool = False  # condition on t in [0, 1]
+    classes: int = 0  # number of class labels; one more is kept for "no label"
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise UserError(f"network.width {self.width} is no multiple of network.heads {self.heads}; change one")
+        if self.convolution < 0 or (
+            self.attention == "bidirectional" and self.convolution and not self.convolution % 2
+        ):
+            raise UserError(f"network.convolution must be 0 or an odd number of taps, not {self.convolution}")
+
+
+class Linear(nn.Linear):
+    """A linear map whose weights are cast to the type of what comes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with a gain and no bias."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), None, 1e-5)
+
+
+@dataclass
+class Cache:
+    """What a causal network remembers of the positions it has seen: keys, values and convolution inputs, by layer.
+
+    Every tensor has B in front, so that rows can be selected.
+    """
+
+    keys: list[Tensor]  # [B H W D/H]
+    values: list[Tensor]  # [B H W D/H]
+    shifted: list[Tensor]  # [B W D], two a layer
+
+    def select(self, rows: Tensor) -> Cache:
+        return Cache(*([x[rows] for x in part] for part in (self.keys, self.values, self.shifted)))
+
+
+class Convolution(nn.Module):
+    """Depthwise convolution over positions, added to its input; centred, or looking back only if ``causal``."""
+
+    def __init__(self, width: int, taps: int, causal: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(taps, width))
+        self.left = taps - 1 if causal else taps // 2
+        self.right = 0 if causal else taps // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        weight = self.weight.to(x.dtype)
+        padded = F.pad(x, (0, 0, self.left, self.right))
+        y = x
+        for tap in range(len(weight)):
+            y = torch.addcmul(y, padded[:, tap : tap + length], weight[tap])
+        return y
+
+    def step(self, x: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
+        """The same for new positions [B n] of a text whose earlier inputs are in ``seen`` [B W D], written in place."""
+        seen.scatter_(1, positions.unsqueeze(-1).expand_as(x), x)
+        weight = self.weight.to(x.dtype)
+        y = x
+        for tap in range(len(weight)):
+            source = positions - self.left + tap
+            value = seen.gather(1, source.clamp(min=0).unsqueeze(-1).expand_as(x))
+            y = y + value * (source >= 0).unsqueeze(-1).to(x.dtype) * weight[tap]
+        return y
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax attention; q [B H n d], k and v [B H m d], bias added to the logits: [n m],
+    [H n m], [B 1 n m] or [B H n m].
+
+    In bfloat16 on a CPU the fused kernel is slower than three plain operations (benchmarks/), elsewhere faster.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if bias is not None:
+            logits = logits + bias.to(logits.dtype)
+        return logits.softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+
+
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary position code (2104.09864) on x [B H n d] at integer positions [n] or [B n]."""
+    half = x.shape[-1] // 2
+    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = positions.unsqueeze(-1).float() * frequency
+    if positions.dim() == 2:
+        angle = angle.unsqueeze(1)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+class RelativeBias(nn.Module):
+    """A number for every head and distance, added to the attention logits: learned, from an ALiBi start (2108.12409).
+
+    Half of the heads start with a preference for what is near, of which a network for characters is in need from its
+    first step, the other half without.
+    """
+
+    def __init__(self, heads: int, window: int):
+        super().__init__()
+        distance = torch.arange(1 - window, window).abs()
+        slope = torch.tensor([2.0 ** -(8 * h / heads) if h % 2 else 0.0 for h in range(heads)])
+        self.table = nn.Parameter(-slope.unsqueeze(-1) * distance)  # [H 2W-1]
+        self.window = window
+
+    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Bias [*, H n m] for positions [*, n] and [*, m]."""
+        index = (keys.unsqueeze(-2) - queries.unsqueeze(-1) + self.window - 1).clamp(0, 2 * self.window - 2)
+        index = index.unsqueeze(-3)
+        shape = (*index.shape[:-3], len(self.table), *index.shape[-2:])
+        # gather and not indexing: its gradient is a plain scatter_add.
+        table = self.table.unsqueeze(1).expand(*shape[:-1], -1)
+        return table.gather(-1, index.expand(shape))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward part."""
+
+    def __init__(self, config: TransformerConfig, conditioned: bool):
+        super().__init__()
+        self.config = config
+        width, hidden = config.width, int(config.width * config.expansion)
+        causal = config.attention != "bidirectional"
+        self.norm_attention, self.norm_feed = LayerNorm(width), LayerNorm(width)
+        self.qkv = Linear(width, 3 * width, bias=config.bias)
+        self.mix = Linear(width, width, bias=config.bias)
+        self.up = Linear(width, hidden, bias=config.bias)
+        self.down = Linear(hidden, width, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+        taps = config.convolution
+        self.conv_attention = Convolution(width, taps, causal) if taps else None
+        self.conv_feed = Convolution(width, taps, causal) if taps else None
+        self.modulation = Linear(width, 6 * width) if conditioned else None
+        relative = config.positions == "relative"
+        self.relative = RelativeBias(config.heads, config.window) if relative else None
+
+    def _attention(
+        self, h: Tensor, bias: Tensor | None, positions: Tensor, seen: Tensor, cache: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        rows, length, width = h.shape
+        q, k, v = self.qkv(h).view(rows, length, 3, self.config.heads, -1).permute(2, 0, 3, 1, 4)
+        if self.config.positions == "rotary":
+            q, k = rotate(q, positions), rotate(k, positions)
+        if cache is not None:
+            index = positions[:, None, :, None].expand_as(k)
+            k, v = cache[0].scatter_(2, index, k), cache[1].scatter_(2, index, v)
+        if self.relative is not None:
+            relative = self.relative(positions, seen)
+            bias = relative if bias is None else bias + relative
+        return self.mix(attend(q, k, v, bias).transpose(1, 2).reshape(rows, length, width))
+
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor | None,
+        bias: Tensor | None,
+        positions: Tensor,
+        seen: Tensor,
+        cache: Cache | None,
+        layer: int,
+    ) -> Tensor:
+        modulation = None if self.modulation is None or c is None else self.modulation(c).unsqueeze(1).chunk(6, -1)
+        past = None if cache is None else (cache.keys[layer], cache.values[layer])
+        for part, (norm, convolution) in enumerate(
+            ((self.norm_attention, self.conv_attention), (self.norm_feed, self.conv_feed))
+        ):
+            h = norm(x)
+            if modulation is not None:
+                shift, scale, gate = modulation[3 * part : 3 * part + 3]
+                h = h * (1 + scale) + shift
+            if convolution is not None:
+                h = convolution(h) if cache is None else convolution.step(h, positions, cache.shifted[2 * layer + part])
+            h = self._attention(h, bias, positions, seen, past) if part == 0 else self.down(F.gelu(self.up(h)))
+            h = self.dropout(h)
+            x = x + h if modulation is None else x + gate * h
+        return x
+
+
+class Transformer(nn.Module):
+    """Symbols in, context outputs out.
+
+    ``forward(x, t=None, condition=None, positions=None, cache=None, at=None)``:
+        x: symbols, int64 [B L].
+        t: times in [0, 1], [B]; needed if and only if ``config.time``.
+        condition: class labels, int64 [B], -1 for none; optional if ``config.classes``.
+        positions: bool [B L]; outputs are computed for these positions only.
+        cache, at: for causal networks: a cache to read and write, and the positions int64 [B L] that x stands at.
+    Returns outputs [B L V], or [N V] for the N asked positions in row-major order, in the compute type.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        width = config.width
+        self.embedding = nn.Embedding(config.inputs, width)
+        self.position = nn.Parameter(torch.zeros(config.window, width)) if config.positions == "learned" else None
+        conditioned = config.time or config.classes > 0
+        self.time = nn.Sequential(Linear(64, width), nn.SiLU(), Linear(width, width)) if config.time else None
+        self.classes = nn.Embedding(config.classes + 1, width) if config.classes else None
+        self.blocks = nn.ModuleList(Block(config, conditioned) for _ in range(config.depth))
+        self.norm = LayerNorm(width)
+        self.head = Linear(width, config.outputs)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Hidden matrices with variance 1 / fan-in; everything that writes to the residual stream or out at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.5)
+        if self.position is not None:
+            nn.init.normal_(self.position, std=0.1)
+        nn.init.zeros_(self.head.weight)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            nn.init.zeros_(block.mix.weight)
+            nn.init.zeros_(block.down.weight)
+            if block.modulation is not None:
+                nn.init.zeros_(block.modulation.weight)
+                # Gates start at one: the branches they gate start at zero already.
+                with torch.no_grad():
+                    block.modulation.bias.view(6, -1)[[2, 5]] = 1.0
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The 2-D weights inside the blocks: what Muon is for."""
+        return [p for name, p in self.blocks.named_parameters() if p.dim() == 2 and "conv" not in name]
+
+    def empty_cache(self, rows: int) -> Cache:
+        """A cache for ``rows`` texts of up to ``window`` tokens."""
+        c = self.config
+
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=self.compute_dtype, device=self.head.weight.device)
+
+        heads = (rows, c.heads, c.window, c.width // c.heads)
+        layers, shifted = range(c.depth), range(2 * c.depth if c.convolution else 0)
+        return Cache(
+            [zeros(*heads) for _ in layers],
+            [zeros(*heads) for _ in layers],
+            [zeros(rows, c.window, c.width) for _ in shifted],
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor | None = None,
+        condition: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        length = x.shape[1]
+        if cache is None and length > self.config.window:
+            raise UserError(f"this network reads at most {self.config.window} tokens, not {length}")
+        at = torch.arange(length, device=x.device) if at is None else at
+        h = F.embedding(x, self.embedding.weight.to(self.compute_dtype))
+        if self.position is not None:
+            h = h + self.position.to(h.dtype)[at]
+        h = F.dropout(h, self.config.dropout, self.training)
+        c = self._condition(x, t, condition, h.dtype)
+        # With a cache all its positions can be seen; those not written yet are hidden by the causal mask.
+        seen = at if cache is None else torch.arange(self.config.window, device=x.device)
+        bias = self._mask(at, seen)
+        for layer, block in enumerate(self.blocks):
+            h = block(h, c, bias, at, seen, cache, layer)
+        if positions is not None:
+            h = h[positions]
+        return self.head(self.norm(h))
+
+    def _condition(self, x: Tensor, t: Tensor | None, condition: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The vector [B D] that modulates every block, or None."""
+        c = None
+        if self.time is not None:
+            if t is None:
+                raise ValueError("this network is conditioned on time: pass t [B]")
+            frequency = torch.exp(torch.linspace(0, math.log(1000.0), 32, device=x.device))
+            angle = t.float().unsqueeze(-1) * frequency
+            c = self.time(torch.cat((angle.sin(), angle.cos()), -1).to(dtype))
+        if self.classes is not None:
+            label = x.new_full((len(x),), -1) if condition is None else condition
+            embedded = self.classes(label + 1).to(dtype)
+            c = embedded if c is None else c + embedded
+        return None if c is None else F.silu(c)
+
+    def _mask(self, at: Tensor, seen: Tensor) -> Tensor | None:
+        """Who sees whom, as 0 or -inf: [n m] for positions [n] and [m], [B 1 n m] for positions [B n]."""
+        if self.config.attention == "bidirectional":
+            return None
+        block = self.config.block_length if self.config.attention == "block" else 1
+        hidden = seen // block > (at // block).unsqueeze(-1)
+        mask = torch.zeros(hidden.shape, device=at.device).masked_fill(hidden, -torch.inf)
+        return mask.unsqueeze(1) if mask.dim() == 3 else mask

@@ -1,0 +1,74 @@
+"""From a few flags to a whole config: one dial, --depth, from which width, heads and learning rates follow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from textdiffusion.data import DataConfig
+from textdiffusion.errors import UserError
+from textdiffusion.families import family as find_family
+from textdiffusion.run import RunConfig, override
+from textdiffusion.training import TrainingConfig
+
+# Blocks. Sizes are for budgets: tiny for minutes of a laptop, small for an hour, base for a GPU.
+PRESETS = {"tiny": 3, "small": 6, "base": 12}
+HEAD_WIDTH = 64
+
+# Longest text in tokens unless --length says otherwise: 64 characters is the first system's window, and shorter windows
+# learn faster per token; a sub-word token holds two to four characters.
+DEFAULT_LENGTH = 64
+
+
+def shape(depth: int) -> dict[str, Any]:
+    """Network fields for a depth: 64 of width, and one head, a block."""
+    if depth < 1:
+        raise UserError(f"--depth must be at least 1, not {depth}")
+    return {"depth": depth, "width": HEAD_WIDTH * depth, "heads": depth}
+
+
+def configure(
+    *,
+    family: str = "masked",
+    data: str = "pydoc",
+    text_field: str = "text",
+    tokenizer: str = "char",
+    length: int = DEFAULT_LENGTH,
+    preset: str | None = None,
+    depth: int | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    seed: int = 0,
+    settings: list[str] | None = None,
+) -> RunConfig:
+    """The config of a run, checked.
+
+    Raises:
+        UserError: a value that makes no sense, naming what would.
+    """
+    find_family(family)
+    if preset is not None and preset not in PRESETS:
+        raise UserError(f"--preset must be one of {', '.join(PRESETS)}, not {preset!r}")
+    if length < 1:
+        raise UserError(f"--length must be at least 1, not {length}")
+    if steps is not None and minutes is not None:
+        raise UserError("give --steps or --minutes, not both")
+    if steps is None and minutes is None:
+        minutes = 5.0
+    chosen = depth if depth is not None else PRESETS[preset or "tiny"]
+    # Matrices are taught by Muon, whose steps are scaled to their shape; AdamW's rate falls with the width.
+    training = TrainingConfig(steps=steps, minutes=minutes, seed=seed)
+    training = replace(training, rate=round(training.rate * min(1.0, (4 / chosen) ** 0.5), 6))
+    config = RunConfig(
+        family=family,
+        tokenizer=tokenizer,
+        data=DataConfig(source=data, text_field=text_field),
+        network=shape(chosen) | {"window": length},
+        training=training,
+    )
+    return override(config, settings or [])
+
+
+def demo_config(minutes: float, seed: int) -> RunConfig:
+    """A newcomer's first run: sub-words of the built-in text, which read much better than characters in two minutes."""
+    return configure(tokenizer="bpe:512", length=48, preset="tiny", minutes=minutes, seed=seed)

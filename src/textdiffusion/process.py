@@ -1,0 +1,210 @@
+"""The one interface of every family: Process, and what goes in and out of it.
+
+Conventions, for the whole library:
+
+- t = 0 is text, t = 1 is noise, and a reverse step goes from t to s < t.
+- Likelihoods are in nats inside; bits per character only at the edge (evaluation.py).
+- Shapes: B batch, L length, V vocabulary (end-of-text included), S states of a position, D width, W reals a position,
+  N asked positions (the true entries of a bool mask [B L], in row-major order).
+- Randomness is an argument (noise.py), never a global.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from textdiffusion.categorical import reshape_law
+from textdiffusion.noise import Noise
+
+Network = Callable[..., Tensor]
+Kind = Literal["exact", "upper", "none"]
+
+
+@dataclass(frozen=True)
+class Discrete:
+    """A position holds one of ``size`` symbols."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A position holds ``width`` reals."""
+
+    width: int
+
+
+class Memory(Protocol):
+    """What a family carries from one reverse step to the next; opaque to all others but for choosing rows."""
+
+    def select(self, rows: Tensor) -> Self: ...
+
+
+@dataclass(frozen=True)
+class State:
+    """A batch of noisy texts.
+
+    x: symbols int64 [B L] or reals [B L W]; t: noise level float64 [B]; given: positions fixed by the user, bool [B L],
+    or None; memory: the family's own.
+    """
+
+    x: Tensor
+    t: Tensor
+    given: Tensor | None = None
+    memory: Any = None
+
+    def select(self, rows: Tensor) -> State:
+        """Some rows (int64 indices)."""
+        memory = None if self.memory is None else self.memory.select(rows)
+        return State(self.x[rows], self.t[rows], None if self.given is None else self.given[rows], memory)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network call says.
+
+    log_p: log p(x_0 | x_t) in token space, normalised; [B L V], or [N V] for the N asked positions.
+    native: what the family itself works with (ratios, bit means, velocities), if other than log_p.
+    memory: the state's memory after this call.
+    """
+
+    log_p: Tensor
+    native: Any = None
+    memory: Any = None
+
+    def reshaped(self, temperature: float = 1.0, top_p: float | None = None, top_k: int | None = None) -> Prediction:
+        """The same with a sharper or cut law."""
+        if temperature == 1.0 and top_p is None and top_k is None:
+            return self
+        return replace(self, log_p=reshape_law(self.log_p, temperature=temperature, top_p=top_p, top_k=top_k))
+
+
+@dataclass(frozen=True)
+class Nll:
+    """Nats per sequence, each term [B], and what they are.
+
+    kind: "exact" (a negative log-likelihood), "upper" (a proven upper bound on it, in expectation over the noise) or
+    "none" (neither; never to be printed as a likelihood). sampler: whose likelihood it is. calls: network calls of
+    that sampler; None is the limit of many.
+    """
+
+    diffusion: Tensor
+    prior: Tensor
+    reconstruction: Tensor
+    kind: Kind
+    sampler: str
+    calls: int | None = None
+
+    @property
+    def total(self) -> Tensor:
+        return self.diffusion + self.prior + self.reconstruction
+
+
+class Step(ABC):
+    """One reverse step of a family whose states are discrete, in two halves so that work is done only where needed."""
+
+    note: ClassVar[str]  # one line for the user
+
+    @abstractmethod
+    def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
+        """Positions whose prediction this step needs, bool [B L]. Rows with none are not evaluated at all."""
+
+    @abstractmethod
+    def move(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise) -> State:
+        """The state at times s [B]; ``prediction.log_p`` is [N V] for the asked positions."""
+
+
+class Process(ABC):
+    """A family of language models: a forward process, a loss, a bound and reverse steps around one network.
+
+    Args:
+        network: any callable giving context outputs; the one place where a test puts an oracle.
+        config: the family's own ``Config``.
+        vocabulary: V.
+    """
+
+    Config: ClassVar[type]
+    summary: ClassVar[str]  # one line for `textdiffusion families`
+    paper: ClassVar[str]  # where it comes from
+    bounded: ClassVar[bool]  # True: no text longer than the training window
+    infills: ClassVar[bool]  # False: fixed positions must form a prefix
+    steps: Mapping[str, Step]  # by name; the first is the default
+    space: Discrete | Gaussian
+
+    def __init__(self, network: Network, config: Any, vocabulary: int, *, start: int = 0):
+        self.network, self.config, self.vocabulary = network, config, vocabulary
+        self.start = start  # the end-of-text token: what a text starts after
+
+    @classmethod
+    @abstractmethod
+    def network_fields(cls, config: Any, vocabulary: int) -> dict[str, Any]:
+        """Fields of the network's config that the family decides (inputs, outputs, attention, time)."""
+
+    def over(self, network: Network) -> Self:
+        """The same process around another network."""
+        other = copy.copy(self)
+        other.network = network
+        return other
+
+    # -- forward --------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def q_sample(self, x_0: Tensor, t: Tensor, noise: Noise) -> State:
+        """Noise texts x_0 [B L] to times t [B]."""
+
+    @abstractmethod
+    def prior_sample(self, rows: int, length: int, noise: Noise) -> State:
+        """States at t = 1."""
+
+    # -- learning -------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def predict(self, state: State, positions: Tensor | None = None, condition: Tensor | None = None) -> Prediction:
+        """One network call; for all positions, or for the asked ones (bool [B L])."""
+
+    @abstractmethod
+    def loss(self, x_0: Tensor, noise: Noise, condition: Tensor | None = None, progress: float = 1.0) -> Tensor:
+        """What training minimises, nats per token, [B]; progress in [0, 1] is how much of the training is done."""
+
+    @abstractmethod
+    def nll(self, x_0: Tensor, noise: Noise, calls: int | None = None) -> Nll:
+        """Likelihood of x_0 [B L] or a one-draw estimate of its bound; of the sampler of exactly ``calls`` calls, or in
+        the limit of many."""
+
+    # -- reverse --------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def plan(self, length: int, calls: int) -> Sequence[float]:
+        """Decreasing times 1 = t_0 > ... > t_T = 0 of a run with T <= calls network calls for L free positions."""
+
+    @abstractmethod
+    def template(self, tokens: Tensor, given: Tensor, noise: Noise) -> State:
+        """A state at t = 1 in which the ``given`` positions of tokens [B L] are fixed."""
+
+    @abstractmethod
+    def decode(self, state: State) -> Tensor:
+        """Tokens int64 [B L]; -1 where nothing is written yet."""
+
+
+@runtime_checkable
+class HasCurve(Protocol):
+    """A process whose bounds, for any number of calls, are sums over one curve measured once (absorbing.py)."""
+
+    def curve_point(self, x_0: Tensor, hidden: Tensor, noise: Noise) -> Tensor:
+        """Mean nats of a hidden token [B] when ``hidden`` [B] random positions of x_0 are hidden."""
+        ...
+
+    def curve_weights(self, length: int, calls: int | None) -> np.ndarray:
+        """float64 [length + 1]: bound(calls) = sum over n of weights[n] * curve(n)."""
+        ...
+
+
+@torch.no_grad()
+def count_parameters(network: Network) -> int:
+    """Numbers in a network, 0 for a plain callable."""
+    return sum(p.numel() for p in network.parameters()) if isinstance(network, torch.nn.Module) else 0

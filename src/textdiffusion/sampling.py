@@ -1,0 +1,155 @@
+"""The only reverse loop: from noise to text, as an iterator of frames that everything else reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from textdiffusion.errors import UserError
+from textdiffusion.noise import Noise
+from textdiffusion.process import Process, State, Step
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What there is to see after a step.
+
+    step: 0 is the initial noise; of: steps in all; t: noise level reached; tokens: int64 [B L], -1 where nothing is
+    written; confidence: float64 [B L], the probability that each token was drawn with (1 for given ones, 0 where
+    nothing is written); calls: network evaluations made for each row so far, int64 [B].
+    """
+
+    step: int
+    of: int
+    t: float
+    tokens: Tensor
+    confidence: Tensor
+    calls: Tensor
+
+
+class Counted:
+    """A network that counts its evaluations; all else it hands on."""
+
+    def __init__(self, network: Callable[..., Tensor]):
+        self.network, self.evaluations = network, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.evaluations += 1
+        return self.network(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.network, name)
+
+
+@torch.inference_mode()
+def sample(
+    process: Process,
+    noise: Noise,
+    length: int,
+    calls: int,
+    *,
+    sampler: str | None = None,
+    tokens: Tensor | None = None,
+    given: Tensor | None = None,
+    temperature: float = 1.0,
+    top_p: float | None = None,
+    condition: Tensor | None = None,
+) -> Iterator[Frame]:
+    """Denoise as many texts as ``noise`` has rows.
+
+    Args:
+        process: any family.
+        noise: keyed rows; row r gets the same draws in any batch.
+        length: L.
+        calls: network calls wished for; a family that must takes another number, and steps that would change nothing
+            are left out. Frames say how many were made.
+        sampler: a name in ``process.steps``; None takes the first.
+        tokens, given: a template, int64 [B L] and bool [B L]: positions that are fixed.
+        temperature, top_p: applied to the predicted law of each token; anything but 1 and None is no longer the
+            model's law.
+        condition: class labels int64 [B].
+    Raises:
+        UserError: an unknown sampler, or fixed positions that the family cannot take.
+    """
+    name = next(iter(process.steps)) if sampler is None else sampler
+    if name not in process.steps:
+        raise UserError(f"this family has no sampler {name!r}; it has: {', '.join(process.steps)}")
+    step = process.steps[name]
+    network = Counted(process.network)
+    process = process.over(network)
+
+    rows = len(noise.rows)
+    start = noise.at(0)
+    if tokens is None or given is None:
+        state = process.prior_sample(rows, length, start)
+        free = length
+    else:
+        state = process.template(tokens, given, start)
+        free = int((~given).sum(-1).max())
+    written = process.decode(state)
+    confidence = (written >= 0).double()
+    made = torch.zeros(rows, dtype=torch.long)
+    times = process.plan(free, calls) if free else [1.0, 0.0]
+    yield Frame(0, len(times) - 1, 1.0, written.clone(), confidence.clone(), made.clone())
+
+    active = torch.arange(rows, device=written.device)
+    for k, time in enumerate(times[1:], 1):
+        now = noise.select(active).at(k)
+        s = torch.full((len(active),), time, dtype=torch.float64, device=written.device)
+        asked = step.ask(state, s, now)
+        asking = asked.any(-1)
+        if state.memory is not None and not bool(asking.all()):
+            # A family with a memory asks until a row is finished: such rows leave the batch for good.
+            keep = asking.nonzero().squeeze(-1)
+            state, active, asked, s, now = state.select(keep), active[keep], asked[keep], s[keep], now.select(keep)
+            asking = asking[keep]
+        before = network.evaluations
+        if bool(asking.any()):
+            some = asking.nonzero().squeeze(-1)
+            if len(some) == len(asking):
+                state, probability = _advance(
+                    process, step, state, asked, s, now, temperature, top_p, condition, active
+                )
+            else:
+                # Rows for which nothing would change are not evaluated.
+                part, chance = _advance(
+                    process, step, state.select(some), asked[some], s[some], now.select(some),
+                    temperature, top_p, condition, active[some],
+                )  # fmt: skip
+                x = state.x.clone()
+                x[some] = part.x
+                state = replace(state, x=x)
+                probability = torch.zeros_like(confidence[active])
+                probability[some] = chance
+            made[active[some].cpu()] += network.evaluations - before
+            drawn = probability > 0
+            confidence[active] = torch.where(drawn, probability, confidence[active])
+        state = replace(state, t=s)
+        written[active] = process.decode(state)
+        yield Frame(k, len(times) - 1, time, written.clone(), confidence.clone(), made.clone())
+
+
+def _advance(
+    process: Process,
+    step: Step,
+    state: State,
+    asked: Tensor,
+    s: Tensor,
+    noise: Noise,
+    temperature: float,
+    top_p: float | None,
+    condition: Tensor | None,
+    rows: Tensor,
+) -> tuple[State, Tensor]:
+    """One network call and one step; also the probability [B L] of each token drawn in it, 0 elsewhere."""
+    prediction = process.predict(state, asked, None if condition is None else condition[rows])
+    after = step.move(state, asked, prediction.reshaped(temperature, top_p), s, noise)
+    probability = torch.zeros(state.x.shape[:2], dtype=torch.float64, device=state.x.device)
+    new = process.decode(after)[asked]
+    chance = prediction.log_p.gather(-1, new.clamp(min=0).unsqueeze(-1)).squeeze(-1).exp().double()
+    probability[asked] = torch.where(new >= 0, chance, torch.zeros_like(chance))
+    return after, probability

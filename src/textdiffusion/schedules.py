@@ -1,0 +1,53 @@
+"""Noise schedules of the absorbing process: alpha(t), the probability that a token survives to time t.
+
+t = 0 is text and t = 1 is noise, so alpha falls from exactly 1 to exactly 0: no leftover mass at t = 1 that
+would make the prior term of the bound infinite (MDLM, 2406.07524, uses an eps there; we do not need one).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """alpha(t) and its derivative; both take and return tensors of any shape, computed in float64.
+
+    ``inverse`` gives t from the mask rate 1 - alpha(t).
+    """
+
+    name: str
+    alpha: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+
+
+def _linear() -> Schedule:
+    return Schedule("linear", lambda t: 1 - t, lambda t: -torch.ones_like(t), lambda rate: rate)
+
+
+def _cosine() -> Schedule:
+    """alpha = 1 - cos(pi/2 (1 - t)): few tokens are revealed while there is little to go by (MaskGIT, 2202.04200)."""
+    half = math.pi / 2
+
+    def inverse(rate: Tensor) -> Tensor:
+        return 1 - torch.arccos(rate.clamp(0, 1)) / half
+
+    def alpha(t: Tensor) -> Tensor:
+        # 1 - cos(x) as 2 sin^2(x / 2): exactly 0 at t = 1, and no cancellation near it.
+        return 2 * torch.sin(half * (1 - t) / 2).square()
+
+    return Schedule("cosine", alpha, lambda t: -half * torch.sin(half * (1 - t)), inverse)
+
+
+def _quadratic() -> Schedule:
+    """alpha = 1 - t^2 (polynomial schedule of MD4, 2406.04329)."""
+    return Schedule("quadratic", lambda t: 1 - t.square(), lambda t: -2 * t, lambda rate: rate.sqrt())
+
+
+SCHEDULES: dict[str, Schedule] = {s.name: s for s in (_linear(), _cosine(), _quadratic())}

@@ -1,0 +1,1 @@
+"""What families share of the reverse process."""

@@ -1,0 +1,128 @@
+"""Reverse steps of absorbing noise: which hidden positions are revealed, then what is drawn there.
+
+The choice of positions is made first, then tokens are drawn at those alone: the race between "stay hidden" and V
+tokens that a single categorical draw would need is avoided, and so is the head of the network at all other positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from textdiffusion.absorbing import hidden_targets
+from textdiffusion.categorical import draw
+from textdiffusion.noise import Noise
+from textdiffusion.process import Prediction, State, Step
+from textdiffusion.schedules import Schedule
+
+
+def reveal(state: State, positions: Tensor, log_p: Tensor, s: Tensor, noise: Noise, memory: object = None) -> State:
+    """Draw tokens from log_p [N V] at the N ``positions`` (bool [B L]); the rest stays as it is."""
+    uniform = noise.uniform("token", state.x.shape[1])[positions]
+    x = state.x.clone()
+    x[positions] = draw(log_p, uniform)
+    return replace(state, x=x, t=s, memory=memory)
+
+
+def top_positions(score: Tensor, count: Tensor) -> Tensor:
+    """The ``count`` [B] positions of highest score [B L] in each row, bool [B L]; ties go to the leftmost."""
+    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return rank < count.unsqueeze(-1)
+
+
+class Ancestral(Step):
+    """Each hidden position is revealed on its own with probability (a_s - a_t) / (1 - a_t) (MDLM, 2406.07524 eq. 7)."""
+
+    note = "each hidden position is revealed independently, as the reverse process says; has a T-call bound"
+
+    def __init__(self, mask: int, schedule: Schedule):
+        self.mask, self.schedule = mask, schedule
+
+    def probability(self, t: Tensor, s: Tensor) -> Tensor:
+        """Chance that a position hidden at t is shown at s."""
+        a_t, a_s = self.schedule.alpha(t), self.schedule.alpha(s)
+        return (a_s - a_t) / (1 - a_t)
+
+    def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
+        shown = noise.uniform("reveal", state.x.shape[1]) < self.probability(state.t, s).unsqueeze(-1)
+        return shown & (state.x == self.mask)
+
+    def move(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise) -> State:
+        return reveal(state, asked, prediction.log_p, s, noise, prediction.memory)
+
+
+class _Counted(Step):
+    """Reveals exact numbers of positions, so that no call is wasted and none reveals too much."""
+
+    def __init__(self, mask: int, schedule: Schedule):
+        self.mask, self.schedule = mask, schedule
+
+    def count(self, state: State, s: Tensor) -> Tensor:
+        """How many positions of each row to reveal, [B]."""
+        hidden = (state.x == self.mask).sum(-1)
+        free = hidden.new_full(hidden.shape, state.x.shape[1]) if state.given is None else (~state.given).sum(-1)
+        return (hidden - hidden_targets(free, s, self.schedule)).clamp(min=0)
+
+
+class RandomOrder(_Counted):
+    """Reveals a fixed number of uniformly random positions a call.
+
+    With one position a call this is the first-hitting sampler (2409.02908): the law of infinitely many ancestral steps
+    in exactly L calls.
+    """
+
+    note = "fixed numbers of random positions; has a T-call bound, and at L calls samples the model's law exactly"
+
+    def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
+        score = noise.uniform("order", state.x.shape[1]).masked_fill(state.x != self.mask, -1.0)
+        return top_positions(score, self.count(state, s))
+
+    def move(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise) -> State:
+        return reveal(state, asked, prediction.log_p, s, noise, prediction.memory)
+
+
+class Ordered(_Counted):
+    """Reveals the positions of highest score, a function of log p: a deterministic choice, then a draw there."""
+
+    def __init__(self, mask: int, schedule: Schedule, score: Callable[[Tensor], Tensor], note: str):
+        super().__init__(mask, schedule)
+        self.score, self.note = score, note  # type: ignore[misc]
+
+    def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
+        return (state.x == self.mask) & (self.count(state, s) > 0).unsqueeze(-1)
+
+    def choose(self, state: State, asked: Tensor, log_p: Tensor, s: Tensor) -> Tensor:
+        """The positions that are revealed, bool [B L]."""
+        score = torch.full(state.x.shape, -torch.inf, dtype=torch.float64, device=state.x.device)
+        score[asked] = self.score(log_p.double())
+        return top_positions(score, self.count(state, s))
+
+    def move(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise) -> State:
+        chosen = self.choose(state, asked, prediction.log_p, s)
+        return reveal(state, chosen, prediction.log_p[chosen[asked]], s, noise, prediction.memory)
+
+
+def confidence(log_p: Tensor) -> Tensor:
+    """Highest log-probability, [N]."""
+    return log_p.amax(-1)
+
+
+def margin(log_p: Tensor) -> Tensor:
+    """Gap between the two highest probabilities, [N] (a good default among deterministic orders: 2603.01367)."""
+    best = log_p.exp().topk(min(2, log_p.shape[-1]), -1).values
+    return best[..., 0] - best[..., 1] if best.shape[-1] > 1 else best[..., 0]
+
+
+def unmasking_steps(mask: int, schedule: Schedule) -> dict[str, Step]:
+    """All samplers of absorbing noise, the default first."""
+    return {
+        "random": RandomOrder(mask, schedule),
+        "ancestral": Ancestral(mask, schedule),
+        "margin": Ordered(
+            mask, schedule, margin, "the positions whose best token leads most; reads well, less diverse"
+        ),
+        "confidence": Ordered(mask, schedule, confidence, "the positions that are surest; reads well, least diverse"),
+    }

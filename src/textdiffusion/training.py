@@ -1,0 +1,224 @@
+"""Learning: optimisers, learning-rate schedule, weight averaging and one optimiser step. Knows Process, no family."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from textdiffusion.errors import UserError
+from textdiffusion.noise import Noise
+from textdiffusion.process import Process
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+@dataclass
+class TrainingConfig:
+    """How to train. Shares are of the whole training, be it counted in steps or in minutes."""
+
+    steps: int | None = None  # optimiser steps; exactly resumable
+    minutes: float | None = None  # or wall-clock time
+    batch: int = 64  # windows in an optimiser step, over all micro-batches and processes
+    micro_batch: int = 32  # windows in one forward and backward pass
+    matrix_rate: float = 0.02  # learning rate of Muon, for the matrices inside the blocks
+    rate: float = 3e-3  # learning rate of AdamW, for all else
+    weight_decay: float = 0.0
+    momentum: float = 0.95
+    beta2: float = 0.98
+    clip: float = 1.0  # largest norm of the gradient
+    warmup: float = 0.02  # share over which the rates rise
+    cooldown: float = 0.5  # share over which they fall to zero at the end
+    average: float = 0.05  # horizon of the weight average as a share of the steps made so far
+    precision: Precision = "auto"
+    evaluations: int = 20  # validations over the training
+    checkpoint_seconds: float = 60.0  # between two checkpoints
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.minutes is None):
+            raise UserError("give either training.steps or training.minutes")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"--steps must be at least 1, not {self.steps}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise UserError(f"--minutes must be above 0, not {self.minutes:g}")
+        if self.batch < 1 or self.micro_batch < 1:
+            raise UserError("training.batch and training.micro_batch must be at least 1")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise UserError(f"training.precision must be auto, bf16 or fp32, not {self.precision!r}")
+
+
+def tune_allocator() -> None:
+    """Let the C library keep freed memory: fresh pages cost more than the arithmetic done on them (benchmarks/)."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return  # not glibc: nothing to tune
+    m_mmap_threshold, m_trim_threshold = -3, -1
+    mallopt(m_mmap_threshold, 1 << 30)
+    mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def fastest_precision(device: torch.device, width: int) -> Literal["bf16", "fp32"]:
+    """Measure, in a few milliseconds, whether this machine multiplies bfloat16 faster than float32."""
+    seconds = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        x, w = (torch.ones(n, width, device=device, dtype=dtype) for n in (1024, 4 * width))
+        runs = []
+        for _ in range(7):
+            begin = time.perf_counter()
+            F.linear(x, w).sum().item()
+            runs.append(time.perf_counter() - begin)
+        seconds[name] = sorted(runs)[len(runs) // 2]
+    # A narrow win is not worth the lost digits.
+    return "bf16" if seconds["bf16"] * 1.2 < seconds["fp32"] else "fp32"
+
+
+def learning_rate_factor(progress: float, config: TrainingConfig) -> float:
+    """Trapezoid over progress in [0, 1]: up, flat, down to zero."""
+    up = progress / config.warmup if config.warmup else 1.0
+    down = (1 - progress) / config.cooldown if config.cooldown else 1.0
+    return max(0.0, min(1.0, up, down))
+
+
+class Learner:
+    """A network under training: weights, their average, optimisers and counters, with one flat state to save.
+
+    The average is an exponential one whose horizon grows with the step number (the power-function profile of
+    EDM2, 2312.02696): it always spans the same share of the training, however long that is.
+    """
+
+    def __init__(self, network: nn.Module, config: TrainingConfig):
+        self.network, self.config = network, config
+        matrices = [p for p in network.hidden_matrices() if p.requires_grad]  # type: ignore[operator]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in network.parameters() if p.requires_grad and id(p) not in chosen]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, lr=config.rate, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
+        ]
+        if matrices:
+            self.optimizers.append(
+                torch.optim.Muon(
+                    matrices, lr=config.matrix_rate, momentum=config.momentum, weight_decay=config.weight_decay
+                )
+            )
+        self.step = 0
+        self.seconds = 0.0
+        self.average = AveragedModel(network, multi_avg_fn=self._mix)  # type: ignore[arg-type]
+
+    def _mix(self, averaged: list[Tensor], current: list[Tensor], number: Tensor | int) -> None:
+        del number
+        power = 1 / self.config.average - 1
+        decay = (1 - 1 / max(self.step, 2)) ** power
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done."""
+        if self.config.steps is not None:
+            return min(1.0, self.step / self.config.steps)
+        return min(1.0, self.seconds / (60 * (self.config.minutes or 1.0)))
+
+    def learn(self, process: Process, x_0: Tensor, noise: Noise, condition: Tensor | None = None) -> float:
+        """One optimiser step on windows x_0 [B L]. Returns the mean loss, nats per token.
+
+        Raises:
+            UserError: the loss is no longer a number.
+        """
+        self.network.train()
+        progress, total = self.progress, len(x_0)
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        for begin in range(0, total, self.config.micro_batch):
+            part = slice(begin, begin + self.config.micro_batch)
+            label = None if condition is None else condition[part]
+            loss = process.loss(x_0[part], noise.select(part), label, progress).sum() / noise.total
+            loss.backward()
+            loss_sum += loss.detach().double().cpu()
+        if not math.isfinite(loss_sum.item()):
+            raise UserError(
+                f"the loss is {loss_sum.item()} at step {self.step}; lower --set training.matrix_rate and "
+                "training.rate, or resume from the last checkpoint with --set training.precision=fp32"
+            )
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
+        factor = learning_rate_factor(progress, self.config)
+        for optimizer, rate in zip(self.optimizers, (self.config.rate, self.config.matrix_rate), strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.average.update_parameters(self.network)
+        return loss_sum.item()
+
+    # -- state ----------------------------------------------------------------------------------------------------
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a resumed run needs, by flat name; counters are in ``numbers``."""
+        flat = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        flat |= {f"average.{k}": v for k, v in self.average.module.state_dict().items()}
+        for i, optimizer in enumerate(self.optimizers):
+            for j, entries in optimizer.state_dict()["state"].items():
+                flat |= {f"optimizer.{i}.{j}.{k}": torch.as_tensor(v) for k, v in entries.items()}
+        return {k: v.detach().cpu().contiguous() for k, v in flat.items()}
+
+    def numbers(self) -> dict[str, float]:
+        return {"step": self.step, "seconds": self.seconds}
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+        """Take up where ``tensors`` and ``numbers`` left off."""
+        parts: dict[str, dict[str, Tensor]] = {"network": {}, "average": {}, "optimizer": {}}
+        for name, value in tensors.items():
+            head, tail = name.split(".", 1)
+            parts[head][tail] = value
+        self.network.load_state_dict(parts["network"])
+        self.average.module.load_state_dict(parts["average"])
+        # AveragedModel copies on its first update unless it has been updated before.
+        self.average.n_averaged.fill_(int(numbers["step"]))
+        states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
+        for name, value in parts["optimizer"].items():
+            i, j, key = name.split(".", 2)
+            states[int(i)].setdefault(int(j), {})[key] = value
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.step, self.seconds = int(numbers["step"]), float(numbers["seconds"])
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the training loop says after each step."""
+
+    step: int
+    progress: float  # share of the training done
+    loss: float  # nats per token, this batch
+    tokens: int  # tokens in this batch
+    seconds: float  # since the training began, other sessions included
+
+
+def train(
+    process: Process, batch_of: Callable[[np.ndarray], np.ndarray], learner: Learner, device: torch.device | str = "cpu"
+) -> Iterator[Progress]:
+    """Train until done, yielding after every step; what the caller does between two steps counts as training time.
+
+    Args:
+        process: its network must be ``learner.network``.
+        batch_of: global example numbers int64 [B] to windows int64 [B L] (``data.Windows.rows``).
+        learner: where to start from; changed in place.
+    """
+    config, clock = learner.config, time.perf_counter()
+    before = learner.seconds
+    rows = np.arange(config.batch, dtype=np.int64)
+    while learner.progress < 1:
+        x_0 = torch.from_numpy(batch_of(learner.step * config.batch + rows)).to(device)
+        noise = Noise(config.seed, rows, config.batch, learner.step, device)
+        loss = learner.learn(process, x_0, noise)
+        learner.seconds = before + time.perf_counter() - clock
+        yield Progress(learner.step, learner.progress, loss, x_0.numel(), learner.seconds)
+        learner.seconds = before + time.perf_counter() - clock
