@@ -51,13 +51,14 @@ def random_world(vocabulary: int = 3, length: int = 3, seed: int = 0) -> World:
     return World(p / p.sum())
 
 
-def markov_world(vocabulary: int = 4, length: int = 8, seed: int = 0) -> tuple[World | None, Tensor, Tensor]:
+def markov_world(vocabulary: int = 4, length: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
     """(start law [V], transition matrix [V V]) of a random, strongly dependent chain."""
+    del length  # a chain goes on as long as it is asked to
     generator = torch.Generator().manual_seed(seed)
     transition = torch.rand(vocabulary, vocabulary, generator=generator, dtype=torch.float64) ** 3
     transition /= transition.sum(-1, keepdim=True)
     start = torch.full((vocabulary,), 1 / vocabulary, dtype=torch.float64)
-    return None, start, transition
+    return start, transition
 
 
 def chain_entropy(start: Tensor, transition: Tensor, length: int) -> float:

@@ -1,0 +1,30 @@
+# Each target makes the virtual environment when it is missing, and needs nothing else but Python 3.11+ and a package index.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/ready
+
+.PHONY: demo test slow lint clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,viz]'
+	touch $(READY)
+
+demo: $(READY)  ## train a small model on built-in text and watch it write (about two minutes)
+	$(VENV)/bin/textdiffusion demo
+
+test: $(READY)  ## lint, types, tests and their coverage
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest --cov
+
+slow: $(READY)  ## the tests that take minutes each
+	$(VENV)/bin/python -m pytest -m slow
+
+lint: $(READY)  ## format and check
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -1,0 +1,267 @@
+"""The command line from outside, as a subprocess: what it prints, its exit codes, and its one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SMALL = ["--steps", "30", "--set", "network.width=32", "--set", "network.depth=1", "--set", "network.heads=2",
+         "--length", "24", "--set", "training.batch=8", "--device", "cpu"]  # fmt: skip
+
+
+def run(*arguments: object, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "textdiffusion", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def ok(*arguments: object, **how) -> str:
+    result = run(*arguments, **how)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def refused(*arguments: object, **how) -> str:
+    """The one line of an error: exit code 2, nothing on stdout, no traceback."""
+    result = run(*arguments, **how)
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    assert result.stdout == "" and "Traceback" not in result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder with one small run of each family."""
+    folder = tmp_path_factory.mktemp("runs")
+    for family in ("masked", "autoregressive"):
+        out = ok("train", "--family", family, "--out", folder / family, "--json", *SMALL)
+        body = json.loads(out)
+        assert body["step"] == 30 and body["finished"] and body["best"] > 0
+    return folder
+
+
+def test_help_lists_the_verbs_and_is_quick():
+    begin = time.perf_counter()
+    text = ok("--help")
+    assert time.perf_counter() - begin < 5  # the figure itself is in benchmarks/; torch alone takes longer than the verb
+    for verb in ("demo", "train", "sample", "eval", "families", "doctor"):
+        assert verb in text
+        assert "--device" in ok(verb, "--help")
+    code = "import sys, textdiffusion.cli as c; c._parser(); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_run_is_a_folder_of_plain_files(runs):
+    path = runs / "masked"
+    assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "checkpoints", "README.md"} <= {
+        p.name for p in path.iterdir()
+    }
+    assert json.loads((path / "config.json").read_text())["model_type"] == "textdiffusion"
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 30 and lines[-1]["kind"] == "upper"
+    assert str(path) in (path / "README.md").read_text()
+    assert not [p for p in path.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
+    assert not [p for p in path.rglob(".*")], "a temporary file was left"
+
+
+def test_sample(runs):
+    body = json.loads(ok("sample", runs / "masked", "-n", 3, "--calls", 5, "--json"))
+    assert len(body["samples"]) == 3 and body["calls"] == 5
+    again = json.loads(ok("sample", runs / "masked", "-n", 3, "--calls", 5, "--json"))
+    assert again == body
+    fewer = json.loads(ok("sample", runs / "masked", "-n", 1, "--calls", 5, "--json"))
+    assert fewer["samples"][0] == body["samples"][0]
+    text = json.loads(ok("sample", runs / "masked", "-n", 1, "--infill", r"a\_b ____ the", "--json"))["samples"][0]["text"]
+    assert text.startswith("a_b ") and text.endswith(" the") and len(text) == 12
+    for family in ("masked", "autoregressive"):
+        text = json.loads(ok("sample", runs / family, "-n", 1, "--prompt", "def ", "--json"))["samples"][0]["text"]
+        assert text.startswith("def ")
+    frames = ok("sample", runs / "masked", "-n", 1, "--watch")
+    assert "░" in frames.splitlines()[0] and "░" not in frames.splitlines()[-1]
+    long = json.loads(ok("sample", runs / "autoregressive", "-n", 1, "--length", 70, "--json"))
+    assert long["calls"] == 70
+
+
+def test_eval(runs):
+    body = json.loads(ok("eval", runs / "masked", "--calls", "1,4,24", "--eval-tokens", 2000, "--samples", 4, "--json"))
+    assert body["kind"] == "upper" and body["bits_per_char"] > 0 and body["standard_error"] > 0
+    by_calls = [f["bits_per_char"] for f in body["by_calls"]]
+    assert len(by_calls) == 3 and by_calls[0] > by_calls[1] > by_calls[2]
+    assert abs(by_calls[2] - body["bits_per_char"]) < 1e-6  # one position a call: the continuous bound
+    assert len(body["curve"]) == 24 and 0 <= body["samples"]["valid_words"] <= 1
+    body = json.loads(ok("eval", runs / "autoregressive", "--eval-tokens", 2000, "--samples", 0, "--json"))
+    assert body["kind"] == "exact" and body["by_calls"] == [] and body["samples"] is None
+    assert "<=" in ok("eval", runs / "masked", "--eval-tokens", 500, "--samples", 2)
+
+
+def test_families_and_doctor():
+    names = [f["name"] for f in json.loads(ok("families", "--json"))]
+    assert {"masked", "autoregressive"} <= set(names)
+    assert "process.schedule" in ok("families", "masked")
+    assert json.loads(ok("doctor", "--device", "cpu", "--json"))["device"] == "cpu"
+
+
+def test_the_newest_run_is_the_default(runs, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "only").symlink_to(runs / "masked")
+    assert json.loads(ok("sample", "-n", 1, "--json", cwd=tmp_path))["samples"]
+    assert "textdiffusion train" in refused("sample", cwd=tmp_path / "runs")
+
+
+def test_dry_run_trains_nothing(tmp_path):
+    plan = json.loads(ok("train", "--dry-run", "--json", *SMALL, cwd=tmp_path))
+    assert plan["parameters"] > 1000 and plan["steps"] == 30
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipe_gets_plain_lines(tmp_path):
+    text = ok("train", "--out", tmp_path / "r", *SMALL)
+    assert "\x1b" not in text and "\r" not in text
+    assert "held out <= " in text and "trained" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "--data", "nowhere.txt"], "nowhere.txt"),
+        (["train", "--data", "empty.txt"], "empty"),
+        (["train", "--data", "binary.txt"], "binary.txt"),
+        (["train", "--data", "three.txt"], "3 "),
+        (["train", "--family", "mask"], "there is no family 'mask'"),
+        (["train", "--steps", "0"], "--steps"),
+        (["train", "--minutes", "-1"], "--minutes"),
+        (["train", "--steps", "5", "--minutes", "1"], "not allowed with"),
+        (["train", "--tokenizer", "letters"], "letters"),
+        (["train", "--tokenizer", "bpe:3"], "bpe"),
+        (["train", "--set", "network.wdith=3"], "wdith"),
+        (["train", "--set", "network.width=wide"], "network.width"),
+        (["train", "--set", "network.width=100", "--set", "network.heads=3"], "network.heads"),
+        (["train", "--set", "nonsense"], "--set"),
+        (["train", "--depth", "0"], "--depth"),
+        (["train", "--out", "RUN"], "--resume"),
+        (["train", "--resume", "--out", "nowhere"], "nowhere"),
+        (["train", "--colour"], "--colour"),
+        (["draw"], "draw"),
+        ([], "VERB"),
+        (["sample", "nowhere"], "nowhere"),
+        (["sample", "RUN", "--temperature", "-1"], "--temperature"),
+        (["sample", "RUN", "--temperature", "warm"], "--temperature"),
+        (["sample", "RUN", "-n", "0"], "-n"),
+        (["sample", "RUN", "--calls", "0"], "--calls"),
+        (["sample", "RUN", "--top-p", "2"], "--top-p"),
+        (["sample", "RUN", "--sampler", "magic"], "magic"),
+        (["sample", "RUN", "--length", "25"], "autoregressive"),
+        (["sample", "RUN", "--infill", "no gap"], "gap"),
+        (["sample", "RUN", "--infill", "語 ____"], "語"),
+        (["sample", "RUN", "--prompt", "x" * 30], "prompt"),
+        (["sample", "RUN", "--prompt", "x", "--infill", "x_"], "--infill"),
+        (["sample", "AR", "--infill", "The ____ sat"], "masked"),
+        (["eval", "RUN", "--calls", "2,x"], "--calls"),
+        (["eval", "RUN", "--eval-tokens", "0"], "--eval-tokens"),
+        (["families", "nothing"], "nothing"),
+        (["sample", "TRUNCATED"], "model.safetensors"),
+        (["sample", "NOCONFIG"], "config.json"),
+        (["sample", "BROKEN"], "config.json"),
+        (["sample", "UNKNOWN"], "there is no family 'magic'"),
+        (["sample", "OTHER"], "does not fit"),
+    ],
+    ids=lambda v: " ".join(v)[:50] if isinstance(v, list) else None,
+)  # fmt: skip
+def test_bad_input_is_one_clear_line(arguments, says, runs, tmp_path):
+    import shutil
+
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
+    (tmp_path / "three.txt").write_text("abc")
+    places = {"RUN": runs / "masked", "AR": runs / "autoregressive"}
+    for broken in ("TRUNCATED", "NOCONFIG", "BROKEN", "UNKNOWN", "OTHER"):
+        if broken in arguments:
+            places[broken] = tmp_path / broken.lower()
+            shutil.copytree(runs / "masked", places[broken])
+    if "TRUNCATED" in arguments:
+        weights = places["TRUNCATED"] / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    if "NOCONFIG" in arguments:
+        (places["NOCONFIG"] / "config.json").unlink()
+    if "BROKEN" in arguments:
+        (places["BROKEN"] / "config.json").write_text('{"family": ')
+    if "UNKNOWN" in arguments:
+        config = places["UNKNOWN"] / "config.json"
+        config.write_text(config.read_text().replace('"masked"', '"magic"'))
+    if "OTHER" in arguments:
+        config = places["OTHER"] / "config.json"
+        config.write_text(config.read_text().replace('"width": 32', '"width": 64'))
+    line = refused(*[places.get(a, a) for a in arguments], cwd=tmp_path)
+    assert says in line, line
+
+
+def weights_of(path: Path) -> dict:
+    from safetensors.numpy import load_file
+
+    newest = sorted((path / "checkpoints").glob("step-*"))[-1]
+    return load_file(newest / "state.safetensors") | {"best": (path / "model.safetensors").read_bytes()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(
+        (a[k] == b[k]).all() if hasattr(a[k], "all") else a[k] == b[k] for k in a
+    )
+
+
+LONGER = ["train", "--steps", "120", *SMALL[2:], "--set", "training.precision=fp32"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_resuming_gives_the_same_run(how, tmp_path):
+    ok(*LONGER, "--out", tmp_path / "whole")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "textdiffusion", *LONGER, "--out", str(tmp_path / "part")],
+        stdout=subprocess.PIPE, text=True, bufsize=1,
+    )  # fmt: skip
+    for line in process.stdout:
+        if "held out" in line and int(line.split()[1].replace(",", "")) >= 24:
+            break
+    process.send_signal(how)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + how
+    assert "--resume" in out
+    ok("train", "--resume", "--out", tmp_path / "part")
+    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "part"))
+    steps = [
+        [json.loads(line)["step"] for line in (tmp_path / p / "metrics.jsonl").read_text().splitlines()]
+        for p in ("whole", "part")
+    ]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_run_ends_the_same(tmp_path):
+    import random
+
+    more = [*LONGER, "--set", "training.checkpoint_seconds=0.2"]
+    more[2] = "600"
+    ok(*more, "--out", tmp_path / "whole")
+    chance = random.Random(time.time_ns())
+    part = tmp_path / "part"
+    for kill in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "textdiffusion", *more, "--out", str(part), *(["--resume"] if kill else [])],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while not list(part.glob("checkpoints/step-*")):
+            time.sleep(0.05)
+        time.sleep(4 * (kill > 0) + 2 * chance.random())
+        assert process.poll() is None, "the run was over before it could be killed"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    ok("train", "--resume", "--out", part)
+    assert same(weights_of(tmp_path / "whole"), weights_of(part))
+    assert not [p for p in part.rglob(".writing-*")]

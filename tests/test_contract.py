@@ -1,0 +1,236 @@
+"""What every family must do. A new file in families/ is found and tested; nobody adds it here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from textdiffusion.families import family, names
+from textdiffusion.networks.transformer import Transformer, TransformerConfig
+from textdiffusion.noise import Noise
+from textdiffusion.process import Discrete, Process, State
+from textdiffusion.run import RunConfig, build
+from textdiffusion.sampling import sample
+from textdiffusion.training import Learner, TrainingConfig
+
+V, L, B = 11, 8, 6
+FAMILIES = names()
+
+
+def make(name: str, seed: int = 0, **process_fields) -> Process:
+    config = RunConfig(
+        family=name,
+        network={"depth": 2, "width": 32, "heads": 2, "window": L},
+        process=process_fields,
+        training=TrainingConfig(steps=1, seed=seed),
+        vocabulary=V,
+        start=V - 1,
+    )
+    return build(config)
+
+
+def texts(n: int = B, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, V, (n, L)))
+
+
+def shaken(name: str) -> Process:
+    """A process whose head is not at zero."""
+    process = make(name)
+    with torch.no_grad():
+        for p in process.network.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    process.network.eval()
+    return process
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request) -> str:
+    return request.param
+
+
+def test_clean_text_decodes_to_itself(name):
+    x_0 = texts()
+    state = make(name).q_sample(x_0, torch.zeros(B), Noise.of(0, B))
+    assert torch.equal(make(name).decode(state), x_0)
+
+
+def test_full_noise_is_the_prior(name):
+    n = 4000
+    process = make(name)
+    noisy = process.q_sample(texts(1).expand(n, -1), torch.ones(n), Noise.of(0, n))
+    prior = process.prior_sample(n, L, Noise.of(1, n))
+    assert noisy.x.shape == prior.x.shape and (prior.t == 1).all()
+    assert isinstance(process.space, Discrete)
+    for i in range(L):
+        a, b = (torch.bincount(s.x[:, i], minlength=process.space.size).double() for s in (noisy, prior))
+        # Two-sample chi-square over symbols that occur.
+        live = (a + b) > 0
+        chi_square = float(((a - b)[live] ** 2 / (a + b)[live]).sum())
+        assert chi_square < int(live.sum()) + 3.72 * (2 * int(live.sum())) ** 0.5 + 10
+
+
+def test_predictions_are_normalised_and_keep_shape(name):
+    process = shaken(name)
+    state = process.q_sample(texts(), torch.full((B,), 0.6), Noise.of(0, B))
+    with torch.no_grad():
+        log_p = process.predict(state).log_p
+        assert log_p.shape == (B, L, V)
+        assert (log_p.exp().sum(-1) - 1).abs().max() < 1e-5
+        asked = torch.rand(B, L) < 0.5
+        some = process.predict(State(state.x, state.t), asked).log_p
+    assert some.shape == (int(asked.sum()), V)
+    assert torch.allclose(some, log_p[asked], atol=1e-5)
+
+
+def test_every_parameter_learns(name):
+    process = make(name)
+    network = process.network
+    assert isinstance(network, Transformer)
+    learner = Learner(network, TrainingConfig(steps=10, batch=B, micro_batch=4))
+    before = {k: v.clone() for k, v in network.named_parameters()}
+    for step in range(3):
+        learner.learn(process, texts(), Noise.of(0, B, step=step))
+    process.loss(texts(), Noise.of(0, B)).mean().backward()
+    still = [
+        k
+        for k, p in network.named_parameters()
+        if p.grad is None or not p.grad.abs().sum() > 0 or torch.equal(p, before[k])
+    ]
+    assert not still, f"no gradient reaches {still}"
+
+
+def test_same_noise_same_loss_and_same_text(name):
+    process = shaken(name)
+    for function in (process.loss, lambda x, n: process.nll(x, n).total):
+        assert torch.equal(function(texts(), Noise.of(4, B)), function(texts(), Noise.of(4, B)))
+    first, second = ([f.tokens for f in sample(process, Noise.of(4, 3), L, L)] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    *_, other = sample(process, Noise.of(5, 3), L, L)
+    assert not torch.equal(first[-1], other.tokens)
+
+
+def test_micro_batches_and_row_order_change_nothing(name):
+    process = shaken(name)
+    x_0, noise = texts(12), Noise.of(2, 12)
+    whole = process.loss(x_0, noise)
+    parts = torch.cat([process.loss(x_0[a : a + 5], noise.select(slice(a, a + 5))) for a in range(0, 12, 5)])
+    assert torch.allclose(whole, parts, atol=1e-5)
+    *_, together = sample(process, noise, L, L)
+    *_, alone = sample(process, noise.select([7]), L, L)
+    assert torch.equal(together.tokens[7], alone.tokens[0])
+
+
+def test_every_step_writes_whole_texts_and_counts_its_calls(name):
+    process = shaken(name)
+    seen = {"rows": torch.zeros(5, dtype=torch.long)}
+
+    class Spy:
+        def __call__(self, x, *args, **kwargs):
+            seen["calls"] = seen.get("calls", 0) + 1
+            return process.network(x, *args, **kwargs)
+
+        def __getattr__(self, key):
+            return getattr(process.network, key)
+
+    for sampler in process.steps:
+        for calls in (1, 3, L, 2 * L):
+            seen["calls"] = 0
+            frames = list(sample(process.over(Spy()), Noise.of(1, 5), L, calls, sampler=sampler))
+            assert (frames[0].tokens == -1).all() and (frames[-1].tokens >= 0).all()
+            assert (frames[-1].tokens < V).all()
+            assert frames[-1].step == frames[-1].of == len(frames) - 1 and frames[-1].t == 0
+            assert int(frames[-1].calls.max()) <= seen["calls"] <= max(calls, L)
+            assert all((b.calls >= a.calls).all() for a, b in zip(frames, frames[1:], strict=False))
+            assert ((frames[-1].confidence > 0) & (frames[-1].confidence <= 1 + 1e-6)).all()
+
+
+def test_a_single_row_counts_every_evaluation(name):
+    process = shaken(name)
+    for sampler in process.steps:
+        made = []
+
+        def spy(*args, made=made, **kwargs):
+            made.append(1)
+            return process.network(*args, **kwargs)
+
+        *_, last = sample(process.over(spy), Noise.of(1, 1), L, 5, sampler=sampler)
+        assert int(last.calls[0]) == len(made)
+
+
+def test_a_prompt_is_kept(name):
+    process = shaken(name)
+    given = torch.tensor([True] * 3 + [False] * (L - 3)).expand(4, -1)
+    tokens = texts(4)
+    for sampler in process.steps:
+        frames = list(sample(process, Noise.of(1, 4), L, L, sampler=sampler, tokens=tokens, given=given))
+        assert all(torch.equal(f.tokens[:, :3], tokens[:, :3]) for f in frames)
+        assert int(frames[-1].calls.max()) <= L - 3
+
+
+def test_overfits_one_batch(name):
+    process = make(name)
+    x_0 = texts(4)
+    learner = Learner(process.network, TrainingConfig(steps=150, batch=32, micro_batch=32, warmup=0.05, rate=1e-2))
+    for step in range(150):
+        learner.learn(process, x_0.repeat(8, 1), Noise.of(0, 32, step=step))
+    process.network.eval()
+    with torch.no_grad():
+        per_token = process.nll(x_0.repeat(8, 1), Noise.of(9, 32)).total.mean() / L
+    # Four texts hold log(4) nats, which no model can do without.
+    assert per_token < np.log(4) / L + 0.12
+
+
+def test_no_config_field_is_dead(name):
+    """Each field of a family's config changes the loss or a sample."""
+    cls = family(name)
+    other = {"schedule": "cosine", "rate": "bell", "weight": "flat", "curriculum": 0.9}
+    for f in dataclasses.fields(cls.Config):
+        assert f.name in other or f.type == "bool", f"give a second value of {f.name} in this test"
+        value = other.get(f.name, not f.default)
+        results = []
+        for fields in ({}, {f.name: value}):
+            process = shaken(name).over(shaken(name).network)
+            process = cls(process.network, cls.Config(**fields), V, start=V - 1)
+            *_, last = sample(process, Noise.of(1, 4), L, 3)
+            results.append((process.loss(texts(), Noise.of(0, B), progress=0.1), last.tokens))
+        assert not all(torch.equal(a, b) for a, b in zip(*results, strict=True)), f"{name}: {f.name} does nothing"
+
+
+@pytest.mark.parametrize("bad", ["nowhere", ""])
+def test_unknown_names_are_refused_in_one_line(name, bad):
+    from textdiffusion.errors import UserError
+
+    with pytest.raises(UserError, match="there is no family"):
+        family(bad)
+    with pytest.raises(UserError, match="has no sampler"):
+        list(sample(make(name), Noise.of(0, 1), L, 2, sampler=bad))
+
+
+@pytest.mark.slow
+def test_learns_a_chain_to_its_entropy(name):
+    """A 4-state Markov chain, L = 8: within 0.02 nat per token of the entropy."""
+    from worlds import chain_entropy, draw_chain, markov_world
+
+    start, transition = markov_world(4, 8, seed=1)
+    entropy = chain_entropy(start, transition, 8) / 8
+    cls = family(name)
+    config = cls.Config()
+    torch.manual_seed(0)
+    network = Transformer(
+        TransformerConfig(**{"depth": 2, "width": 64, "heads": 2, "window": 8} | cls.network_fields(config, 5))
+    )
+    process = cls(network, config, 5, start=4)
+    learner = Learner(network, TrainingConfig(steps=1500, batch=128, micro_batch=128))
+    for step in range(1500):
+        x_0 = draw_chain(start, transition, 8, 128, seed=step)
+        learner.learn(process, x_0, Noise.of(0, 128, step=step))
+    process = process.over(learner.average.module.eval())
+    with torch.no_grad():
+        x = draw_chain(start, transition, 8, 16_000, seed=10**6)
+        nats = process.nll(x, Noise.of(1, 16_000)).total / 8
+    error = float(nats.std()) / 16_000**0.5
+    assert float(nats.mean()) < entropy + 0.02, (float(nats.mean()), entropy)
+    assert float(nats.mean()) > entropy - 4 * error

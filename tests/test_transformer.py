@@ -1,0 +1,118 @@
+import pytest
+import torch
+
+from textdiffusion.errors import UserError
+from textdiffusion.networks.transformer import Transformer, TransformerConfig, rotate
+
+VARIANTS = [
+    {},
+    {"positions": "learned"},
+    {"positions": "rotary"},
+    {"convolution": 0},
+    {"convolution": 3, "bias": True},
+    {"classes": 3},
+    {"time": True},
+]
+
+
+def make(**fields) -> Transformer:
+    torch.manual_seed(0)
+    config = {"inputs": 7, "outputs": 5, "window": 12, "depth": 2, "width": 16, "heads": 2} | fields
+    network = Transformer(TransformerConfig(**config)).eval()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return network
+
+
+def inputs(network: Transformer, rows: int = 3, length: int = 12) -> dict:
+    more = {}
+    if network.config.time:
+        more["t"] = torch.rand(rows)
+    if network.config.classes:
+        more["condition"] = torch.tensor([0, 2, -1])
+    return {"x": torch.randint(0, 7, (rows, length))} | more
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+@pytest.mark.parametrize("attention", ["bidirectional", "causal", "block"])
+def test_who_sees_whom(attention, fields):
+    """The output at i changes with the input at j exactly where the attention says so."""
+    network = make(attention=attention, block_length=4, **fields)
+    given = inputs(network, rows=3)
+    base = network(**given)
+    for j in range(12):
+        changed = given["x"].clone()
+        changed[:, j] = (changed[:, j] + 1) % 7
+        moved = (network(**given | {"x": changed}) - base).abs().amax((0, 2)) > 1e-7
+        sees = {"bidirectional": lambda i: True, "causal": lambda i, j=j: i >= j, "block": lambda i, j=j: i // 4 >= j // 4}
+        assert moved.tolist() == [sees[attention](i) for i in range(12)]
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_the_cache_changes_nothing(fields):
+    network = make(attention="causal", **fields)
+    given = inputs(network)
+    whole = network(**given)
+    x, more = given["x"], {k: v for k, v in given.items() if k != "x"}
+    cache = network.empty_cache(3)
+    at = torch.arange(5).expand(3, -1)
+    out = [network(x[:, :5], cache=cache, at=at, **more)]
+    for i in range(5, 12):
+        out.append(network(x[:, i : i + 1], cache=cache, at=torch.full((3, 1), i), **more))
+    assert torch.allclose(torch.cat(out, 1), whole, atol=1e-5)
+    rows = torch.tensor([2, 0])
+    kept = cache.select(rows)
+    assert torch.equal(kept.keys[1], cache.keys[1][rows])
+
+
+def test_rows_at_different_positions_share_a_cache():
+    network = make(attention="causal")
+    x = torch.randint(0, 7, (2, 12))
+    whole = network(x)
+    cache = network.empty_cache(2)
+    network(x[:, :8], cache=cache, at=torch.arange(8).expand(2, -1))
+    # The second row goes back to position 5 and overwrites what was read ahead.
+    at = torch.tensor([[8], [5]])
+    out = network(x.gather(1, at), cache=cache, at=at)
+    assert torch.allclose(out[0, 0], whole[0, 8], atol=1e-5)
+    assert torch.allclose(out[1, 0], whole[1, 5], atol=1e-5)
+
+
+def test_asked_positions_only():
+    network = make()
+    x = torch.randint(0, 7, (3, 12))
+    asked = torch.rand(3, 12) < 0.4
+    assert torch.allclose(network(x, positions=asked), network(x)[asked], atol=1e-6)
+
+
+def test_an_untaught_network_says_nothing():
+    torch.manual_seed(0)
+    network = Transformer(TransformerConfig(inputs=7, outputs=5, window=12, width=16, heads=2))
+    assert network(torch.randint(0, 7, (3, 12))).abs().max() == 0
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_bfloat16_is_near_float32(attention):
+    network = make(attention=attention, width=64, heads=2)
+    x = torch.randint(0, 7, (3, 12))
+    exact = network(x)
+    network.compute_dtype = torch.bfloat16
+    assert network(x).dtype == torch.bfloat16
+    assert (network(x).float() - exact).abs().max() < 0.06 * exact.abs().max()
+
+
+def test_rotary_products_depend_on_distance_alone():
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+    at = lambda i, j: (rotate(q, torch.tensor([i])) * rotate(k, torch.tensor([j]))).sum()  # noqa: E731
+    assert torch.allclose(at(3, 7), at(10, 14), atol=1e-5)
+    assert not torch.allclose(at(3, 7), at(3, 8), atol=1e-3)
+
+
+def test_refusals():
+    with pytest.raises(UserError, match="no multiple"):
+        TransformerConfig(inputs=2, outputs=2, width=30, heads=4)
+    with pytest.raises(UserError, match="odd number"):
+        TransformerConfig(inputs=2, outputs=2, convolution=4)
+    with pytest.raises(UserError, match="at most 12 tokens"):
+        make()(torch.zeros(1, 13, dtype=torch.long))
