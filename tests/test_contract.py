@@ -186,7 +186,7 @@ def test_overfits_one_batch(name):
 def test_no_config_field_is_dead(name):
     """Each field of a family's config changes the loss or a sample."""
     cls = family(name)
-    other = {"schedule": "cosine", "rate": "bell", "weight": "flat", "curriculum": 0.9}
+    other = {"schedule": "cosine", "mask_rate": "uniform", "weight": "bound"}
     for f in dataclasses.fields(cls.Config):
         assert f.name in other or f.type == "bool", f"give a second value of {f.name} in this test"
         value = other.get(f.name, not f.default)
@@ -195,7 +195,7 @@ def test_no_config_field_is_dead(name):
             process = shaken(name).over(shaken(name).network)
             process = cls(process.network, cls.Config(**fields), V, start=V - 1)
             *_, last = sample(process, Noise.of(1, 4), L, 3)
-            results.append((process.loss(texts(), Noise.of(0, B), progress=0.1), last.tokens))
+            results.append((process.loss(texts(), Noise.of(0, B)), last.tokens))
         assert not all(torch.equal(a, b) for a, b in zip(*results, strict=True)), f"{name}: {f.name} does nothing"
 
 

@@ -156,8 +156,8 @@ def test_one_draw_estimates_of_the_bound_are_unbiased(calls):
     assert abs(float(draws.mean()) - exact) < 4 * float(draws.std()) / n**0.5
 
 
-def test_the_default_loss_is_an_unbiased_estimate_of_the_bound():
-    process = masked(wrong_network(V, L, 2))
+def test_the_bound_weighted_loss_is_an_unbiased_estimate_of_the_bound():
+    process = masked(wrong_network(V, L, 2), mask_rate="uniform", weight="bound")
     x_0 = WORLD.strings[7:8]
     exact = float((exact_curve(process, x_0) @ process.curve_weights(L, None))[0]) / L
     n = 6000
@@ -166,7 +166,7 @@ def test_the_default_loss_is_an_unbiased_estimate_of_the_bound():
 
 
 def test_stratified_counts_lower_the_variance():
-    process = masked(wrong_network(V, L, 3))
+    process = masked(wrong_network(V, L, 3), mask_rate="uniform", weight="bound")
     x_0 = WORLD.strings[4:5].expand(12, -1)
     together = [float(process.loss(x_0, Noise.of(0, 12, step=s)).mean()) for s in range(300)]
     apart = [

@@ -169,8 +169,8 @@ class Process(ABC):
         """One network call; for all positions, or for the asked ones (bool [B L])."""
 
     @abstractmethod
-    def loss(self, x_0: Tensor, noise: Noise, condition: Tensor | None = None, progress: float = 1.0) -> Tensor:
-        """What training minimises, nats per token, [B]; progress in [0, 1] is how much of the training is done."""
+    def loss(self, x_0: Tensor, noise: Noise, condition: Tensor | None = None) -> Tensor:
+        """What training minimises, nats per token, [B]."""
 
     @abstractmethod
     def nll(self, x_0: Tensor, noise: Noise, calls: int | None = None) -> Nll:

@@ -28,10 +28,10 @@ class TrainingConfig:
 
     steps: int | None = None  # optimiser steps; exactly resumable
     minutes: float | None = None  # or wall-clock time
-    batch: int = 64  # windows in an optimiser step, over all micro-batches and processes
+    batch: int = 32  # windows in an optimiser step, over all micro-batches and processes
     micro_batch: int = 32  # windows in one forward and backward pass
-    matrix_rate: float = 0.02  # learning rate of Muon, for the matrices inside the blocks
-    rate: float = 3e-3  # learning rate of AdamW, for all else
+    matrix_rate: float = 0.01  # learning rate of Muon, for the matrices inside the blocks
+    rate: float = 0.012  # learning rate of AdamW, for all else
     weight_decay: float = 0.0
     momentum: float = 0.95
     beta2: float = 0.98
@@ -140,7 +140,7 @@ class Learner:
         for begin in range(0, total, self.config.micro_batch):
             part = slice(begin, begin + self.config.micro_batch)
             label = None if condition is None else condition[part]
-            loss = process.loss(x_0[part], noise.select(part), label, progress).sum() / noise.total
+            loss = process.loss(x_0[part], noise.select(part), label).sum() / noise.total
             loss.backward()
             loss_sum += loss.detach().double().cpu()
         if not math.isfinite(loss_sum.item()):

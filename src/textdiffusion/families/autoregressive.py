@@ -123,7 +123,7 @@ class Autoregressive(Process):
         cache = self.network.empty_cache(len(x))
         return self.network(inputs, condition=condition, positions=last, cache=cache, at=local), _Read(cache, start)
 
-    def loss(self, x_0: Tensor, noise: Noise, condition: Tensor | None = None, progress: float = 1.0) -> Tensor:
+    def loss(self, x_0: Tensor, noise: Noise, condition: Tensor | None = None) -> Tensor:
         """Nats per token [B]: the negative log-likelihood over the length."""
         return self._nats(x_0, condition) / x_0.shape[1]
 

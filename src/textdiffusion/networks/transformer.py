@@ -42,7 +42,7 @@ class TransformerConfig:
     heads: int = 4
     attention: Attention = "bidirectional"
     block_length: int = 1  # for attention = "block"
-    positions: Literal["relative", "learned", "rotary"] = "relative"
+    positions: Literal["learned", "rotary"] = "learned"
     convolution: int = 5  # taps of the depthwise convolutions; 0 leaves them out
     expansion: float = 4.0  # width of the feed-forward part over the width
     dropout: float = 0.0
@@ -124,8 +124,7 @@ class Convolution(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Softmax attention; q [B H n d], k and v [B H m d], bias added to the logits: [n m],
-    [H n m], [B 1 n m] or [B H n m].
+    """Softmax attention; q [B H n d], k and v [B H m d], bias [n m] or [B 1 n m] added to the logits.
 
     In bfloat16 on a CPU the fused kernel is slower than three plain operations (benchmarks/), elsewhere faster.
     """
@@ -149,30 +148,6 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-class RelativeBias(nn.Module):
-    """A number for every head and distance, added to the attention logits: learned, from an ALiBi start (2108.12409).
-
-    Half of the heads start with a preference for what is near, of which a network for characters is in need from its
-    first step, the other half without.
-    """
-
-    def __init__(self, heads: int, window: int):
-        super().__init__()
-        distance = torch.arange(1 - window, window).abs()
-        slope = torch.tensor([2.0 ** -(8 * h / heads) if h % 2 else 0.0 for h in range(heads)])
-        self.table = nn.Parameter(-slope.unsqueeze(-1) * distance)  # [H 2W-1]
-        self.window = window
-
-    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Bias [*, H n m] for positions [*, n] and [*, m]."""
-        index = (keys.unsqueeze(-2) - queries.unsqueeze(-1) + self.window - 1).clamp(0, 2 * self.window - 2)
-        index = index.unsqueeze(-3)
-        shape = (*index.shape[:-3], len(self.table), *index.shape[-2:])
-        # gather and not indexing: its gradient is a plain scatter_add.
-        table = self.table.unsqueeze(1).expand(*shape[:-1], -1)
-        return table.gather(-1, index.expand(shape))
-
-
 class Block(nn.Module):
     """Pre-norm attention and feed-forward part."""
 
@@ -191,11 +166,9 @@ class Block(nn.Module):
         self.conv_attention = Convolution(width, taps, causal) if taps else None
         self.conv_feed = Convolution(width, taps, causal) if taps else None
         self.modulation = Linear(width, 6 * width) if conditioned else None
-        relative = config.positions == "relative"
-        self.relative = RelativeBias(config.heads, config.window) if relative else None
 
     def _attention(
-        self, h: Tensor, bias: Tensor | None, positions: Tensor, seen: Tensor, cache: tuple[Tensor, Tensor] | None
+        self, h: Tensor, bias: Tensor | None, positions: Tensor, cache: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         rows, length, width = h.shape
         q, k, v = self.qkv(h).view(rows, length, 3, self.config.heads, -1).permute(2, 0, 3, 1, 4)
@@ -204,9 +177,6 @@ class Block(nn.Module):
         if cache is not None:
             index = positions[:, None, :, None].expand_as(k)
             k, v = cache[0].scatter_(2, index, k), cache[1].scatter_(2, index, v)
-        if self.relative is not None:
-            relative = self.relative(positions, seen)
-            bias = relative if bias is None else bias + relative
         return self.mix(attend(q, k, v, bias).transpose(1, 2).reshape(rows, length, width))
 
     def forward(
@@ -215,7 +185,6 @@ class Block(nn.Module):
         c: Tensor | None,
         bias: Tensor | None,
         positions: Tensor,
-        seen: Tensor,
         cache: Cache | None,
         layer: int,
     ) -> Tensor:
@@ -230,7 +199,7 @@ class Block(nn.Module):
                 h = h * (1 + scale) + shift
             if convolution is not None:
                 h = convolution(h) if cache is None else convolution.step(h, positions, cache.shifted[2 * layer + part])
-            h = self._attention(h, bias, positions, seen, past) if part == 0 else self.down(F.gelu(self.up(h)))
+            h = self._attention(h, bias, positions, past) if part == 0 else self.down(F.gelu(self.up(h)))
             h = self.dropout(h)
             x = x + h if modulation is None else x + gate * h
         return x
@@ -326,9 +295,10 @@ class Transformer(nn.Module):
         seen = at if cache is None else torch.arange(self.config.window, device=x.device)
         bias = self._mask(at, seen)
         for layer, block in enumerate(self.blocks):
-            h = block(h, c, bias, at, seen, cache, layer)
+            h = block(h, c, bias, at, cache, layer)
         if positions is not None:
-            h = h[positions]
+            # The gradient of an index_select is cheaper than that of a mask.
+            h = h.flatten(0, 1).index_select(0, positions.flatten().nonzero().squeeze(-1))
         return self.head(self.norm(h))
 
     def _condition(self, x: Tensor, t: Tensor | None, condition: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -1,0 +1,65 @@
+"""Everything that README.md shows is executed: its commands, its Python, its claims about files."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+# Commands that set up a machine, or that this very test run is part of.
+SETUP = ("make ", "pip ", "python -m venv", "git ")
+
+
+def quickly(command: str) -> str:
+    """The same command with less to learn: a budget of seconds, and a network of thousands."""
+    if command.startswith("textdiffusion demo"):
+        return command + " --minutes 0.05"
+    if command.startswith("textdiffusion train") and "--resume" not in command and "--dry-run" not in command:
+        command = re.sub(r"--(minutes|steps) [\d.]+", "", command)
+        return command + " --steps 20 --set training.batch=8 --depth 1"
+    return command
+
+
+@pytest.mark.skipif(not BLOCKS, reason="no README")
+def test_the_minute_of_use_runs_as_shown(tmp_path):
+    (tmp_path / "my.txt").write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 400)
+    ran = 0
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for language, body in BLOCKS:
+        if language == "python":
+            body = body.replace("minutes=5", "steps=20, depth=1")
+            result = subprocess.run(
+                [sys.executable, "-c", body], cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
+            )
+            assert result.returncode == 0, (body, result.stderr)
+            ran += 1
+        elif language == "bash":
+            for line in body.replace("\\\n", " ").splitlines():
+                command = line.partition("  #")[0].strip()
+                if not command.startswith("textdiffusion"):
+                    assert not command or command.startswith((*SETUP, "#", "source", ".venv")), command
+                    continue
+                result = subprocess.run(
+                    shlex.split(quickly(command)), cwd=tmp_path, capture_output=True, text=True, check=False,
+                    env=environment,
+                )  # fmt: skip
+                assert result.returncode == 0, (command, result.stderr)
+                ran += 1
+    assert ran >= 6
+
+
+def test_what_the_readme_names_exists():
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), f"README links to {link}, which is not there"
+    for target in re.findall(r"`make (\w+)`", README):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), target
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "make test" in ci and "make test" in README
