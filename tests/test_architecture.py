@@ -14,7 +14,7 @@ FLOORS = [
     {"process", "absorbing", "steps.unmasking", "steps.ordering"},
     {"families"},  # and every file in families/
     {"data", "training", "sampling", "evaluation", "template"},
-    {"run", "presets", "card", "fit", "model", "report", "catalogue"},
+    {"run", "presets", "card", "fit", "model", "report", "catalogue", "watching"},
     {"doctor", "terminal", "cli", "__main__"},
 ]
 
@@ -46,7 +46,11 @@ def imports(tree: ast.Module, every: dict[str, ast.Module]) -> set[str]:
         for n in ast.walk(node)
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("textdiffusion") and id(node) not in guarded:
+        if (
+            isinstance(node, ast.ImportFrom)
+            and (node.module or "").startswith("textdiffusion")
+            and id(node) not in guarded
+        ):
             module = (node.module or "").removeprefix("textdiffusion").lstrip(".")
             for alias in node.names:
                 deeper = f"{module}.{alias.name}".lstrip(".")

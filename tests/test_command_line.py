@@ -51,7 +51,9 @@ def runs(tmp_path_factory) -> Path:
 def test_help_lists_the_verbs_and_is_quick():
     begin = time.perf_counter()
     text = ok("--help")
-    assert time.perf_counter() - begin < 5  # the figure itself is in benchmarks/; torch alone takes longer than the verb
+    assert (
+        time.perf_counter() - begin < 5
+    )  # the figure itself is in benchmarks/; torch alone takes longer than the verb
     for verb in ("demo", "train", "sample", "eval", "families", "doctor"):
         assert verb in text
         assert "--device" in ok(verb, "--help")
@@ -69,7 +71,7 @@ def test_a_run_is_a_folder_of_plain_files(runs):
     assert lines[-1]["step"] == 30 and lines[-1]["kind"] == "upper"
     assert str(path) in (path / "README.md").read_text()
     assert not [p for p in path.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
-    assert not [p for p in path.rglob(".*")], "a temporary file was left"
+    assert not list(path.rglob(".*")), "a temporary file was left"
 
 
 def test_sample(runs):
@@ -79,7 +81,9 @@ def test_sample(runs):
     assert again == body
     fewer = json.loads(ok("sample", runs / "masked", "-n", 1, "--calls", 5, "--json"))
     assert fewer["samples"][0] == body["samples"][0]
-    text = json.loads(ok("sample", runs / "masked", "-n", 1, "--infill", r"a\_b ____ the", "--json"))["samples"][0]["text"]
+    text = json.loads(ok("sample", runs / "masked", "-n", 1, "--infill", r"a\_b ____ the", "--json"))["samples"][0][
+        "text"
+    ]
     assert text.startswith("a_b ") and text.endswith(" the") and len(text) == 12
     for family in ("masked", "autoregressive"):
         text = json.loads(ok("sample", runs / family, "-n", 1, "--prompt", "def ", "--json"))["samples"][0]["text"]
@@ -211,9 +215,7 @@ def weights_of(path: Path) -> dict:
 
 
 def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(
-        (a[k] == b[k]).all() if hasattr(a[k], "all") else a[k] == b[k] for k in a
-    )
+    return a.keys() == b.keys() and all((a[k] == b[k]).all() if hasattr(a[k], "all") else a[k] == b[k] for k in a)
 
 
 LONGER = ["train", "--steps", "120", *SMALL[2:], "--set", "training.precision=fp32"]
@@ -264,4 +266,4 @@ def test_killed_at_random_moments_the_run_ends_the_same(tmp_path):
         process.wait()
     ok("train", "--resume", "--out", part)
     assert same(weights_of(tmp_path / "whole"), weights_of(part))
-    assert not [p for p in part.rglob(".writing-*")]
+    assert not list(part.rglob(".writing-*"))

@@ -34,7 +34,7 @@ def test_every_part_of_the_key_matters(change):
 def test_laws():
     noise = Noise.of(0, 200)
     u = noise.uniform("u", 500).flatten()
-    assert 0 <= u.min() and u.max() < 1
+    assert u.min() >= 0 and u.max() < 1
     observed = torch.histc(u, 100, 0, 1)
     chi_square = float(((observed - 1000) ** 2 / 1000).sum())
     assert 50 < chi_square < 160  # 99 degrees of freedom

@@ -45,7 +45,11 @@ def test_who_sees_whom(attention, fields):
         changed = given["x"].clone()
         changed[:, j] = (changed[:, j] + 1) % 7
         moved = (network(**given | {"x": changed}) - base).abs().amax((0, 2)) > 1e-7
-        sees = {"bidirectional": lambda i: True, "causal": lambda i, j=j: i >= j, "block": lambda i, j=j: i // 4 >= j // 4}
+        sees = {
+            "bidirectional": lambda i: True,
+            "causal": lambda i, j=j: i >= j,
+            "block": lambda i, j=j: i // 4 >= j // 4,
+        }
         assert moved.tolist() == [sees[attention](i) for i in range(12)]
 
 

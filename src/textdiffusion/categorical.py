@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from textdiffusion.errors import UserError
+
 
 def draw(log_p: Tensor, uniform: Tensor) -> Tensor:
     """Draw one index a row by inverse CDF.
@@ -19,8 +21,12 @@ def draw(log_p: Tensor, uniform: Tensor) -> Tensor:
         uniform: draws in [0, 1), float64 [N].
     Returns:
         int64 [N]. Never an index of probability zero.
+    Raises:
+        UserError: log_p is not a number, as that of a network gone astray.
     """
     p = (log_p.double() - log_p.double().amax(-1, keepdim=True)).exp()
+    if bool(p.isnan().any()):
+        raise UserError("the network's output is not a number; its weights are damaged, or training went astray")
     cdf = p.cumsum(-1)
     # uniform < 1 makes the target smaller than the last entry; the rounding of the product is caught by the clamp
     # to the last index with mass.
@@ -47,7 +53,8 @@ def reshape_law(
         best = log_p.argmax(-1, keepdim=True)
         return torch.full_like(log_p, -torch.inf).scatter(-1, best, 0.0)
     if temperature != 1.0:
-        log_p = (log_p / temperature).log_softmax(-1)
+        # The highest is taken off first: a tiny temperature must not divide its way to infinity minus infinity.
+        log_p = ((log_p - log_p.amax(-1, keepdim=True)) / temperature).log_softmax(-1)
     if top_k is not None and top_k < log_p.shape[-1]:
         threshold = log_p.topk(top_k, -1).values[..., -1:]
         log_p = log_p.masked_fill(log_p < threshold, -torch.inf).log_softmax(-1)

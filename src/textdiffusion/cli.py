@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -55,10 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("train", _train, "train a model")
     p.add_argument("--family", default="masked", help="see `textdiffusion families` (default: masked)")
     p.add_argument("--data", default="pydoc", metavar="pydoc|PATH|hf:NAME",
-                   help="built-in text; a .txt, .jsonl, .csv or .parquet file, folder or glob; or a hub name")  # fmt: skip
+                   help="built-in text; .txt, .jsonl, .csv, .parquet file, folder or glob; or a hub name")  # fmt: skip
     p.add_argument("--text-field", default="text", help="field of the text in .jsonl, .csv, .parquet and hub data")
     p.add_argument("--out", type=Path, metavar="RUN", help="run directory (default: a new one under runs/)")
-    p.add_argument("--preset", choices=["tiny", "small", "base"], help="size: 3, 6 or 12 blocks (default: tiny)")
+    p.add_argument(
+        "--preset", choices=["tiny", "small", "base"], help="size: 3, 6 or 12 blocks (default: what fits the minutes)"
+    )
     p.add_argument("--depth", type=int, help="blocks; width, heads and learning rate follow")
     p.add_argument("--tokenizer", default="char", metavar="char|byte|bpe:N|hf:NAME", help="(default: char)")
     p.add_argument("--length", type=int, help="longest text, in tokens (default: 64)")
@@ -87,7 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("eval", _eval, "measure bits per character of held-out text")
     p.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run directory (default: the newest under runs/)")
     p.add_argument("--data", metavar="PATH", help="other text, all of it held out (default: the run's held-out part)")
+    p.add_argument(
+        "--split", choices=["validation", "test"], default="validation", help="held-out part of the run's text"
+    )
     p.add_argument("--calls", metavar="1,2,4,...", help="also of samplers with exactly so many network calls")
+    p.add_argument("--sampler", help="whose figures --calls gives (default: the family's first)")
     p.add_argument("--eval-tokens", type=int, metavar="N", help="read about N tokens (default: all)")
     p.add_argument("--draws", type=int, default=2, help="noisy copies of each window (default: 2)")
     p.add_argument(
@@ -103,18 +110,33 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a symbol shows a question mark
     try:
         chosen = _parser().parse_args(arguments)
         return int(chosen.act(chosen))
     except UserError as error:
-        print(f"textdiffusion: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         # The reader has gone (`| head`): nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        return _refuse(f"{error.filename or 'a file'}: {error.strerror or error}; give another path, or make room")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        return _refuse(
+            "this machine has not enough memory for that; ask for fewer or shorter texts, or a smaller network"
+        )
+
+
+def _refuse(line: str) -> int:
+    print(f"textdiffusion: {' '.join(line.split())}", file=sys.stderr)
+    return 2
 
 
 def _console(quiet: bool = False) -> Console:
@@ -138,7 +160,9 @@ def _demo(args: argparse.Namespace) -> int:
         path, number = RUNS / f"demo-{number}", number + 1
     console.rule("1. a masked diffusion model learns the Python reference")
     config = demo_config(args.minutes, args.seed)
-    _follow(config, path, False, pick_device(args.device), console)
+    stopped = _follow(config, path, False, pick_device(args.device), console)
+    if stopped.signal is not None:
+        return 128 + stopped.signal
     model = load(path, args.device)
     console.rule("2. text appears out of noise")
     model.watch(2, seed=args.seed)
@@ -146,8 +170,8 @@ def _demo(args: argparse.Namespace) -> int:
     model.watch(1, infill="The ________ of the ________ is a string.", seed=args.seed)
     console.rule("4. what this is, and is not")
     console.print(
-        f"""{args.minutes:g} minutes teach a small network the spelling and the habits of its text: most words are words, many pairs of
-them fit, sentences do not hold together. More time, more text and a larger network give more of each.
+        f"""{args.minutes:g} minutes teach a small network the spelling and the habits of its text: most words are
+words, many pairs of them fit, sentences do not hold together. More time, more text and a larger network give more.
 
 Try next:
   textdiffusion sample {path} --watch --calls 8           the same in 8 network calls: faster, rougher
@@ -199,6 +223,12 @@ def _resume(args: argparse.Namespace) -> int:
     from textdiffusion.model import pick_device
     from textdiffusion.run import Run, newest_run
 
+    # A resumed run is what its config.json says: a flag that would change it is refused, not ignored.
+    fresh = _parser().parse_args(["train"])
+    kept = ("resume", "out", "device", "json", "act", "verb")
+    if other := [k for k, v in vars(args).items() if k not in kept and v != getattr(fresh, k)]:
+        flag = other[0].replace("settings", "set").replace("_", "-")
+        raise UserError(f"--resume goes on with a run as it was begun; leave out --{flag}, or start a new run")
     path = args.out or newest_run()
     config = Run.open(path).config
     return _report(args, _follow(config, path, True, pick_device(args.device), _console(args.json), args.json))
@@ -245,9 +275,10 @@ def _sample(args: argparse.Namespace) -> int:
         model.watch(args.n, args.length, args.calls, **how)
         return 0
     texts, calls = model.sample_counted(args.n, args.length, args.calls, **how)
+    sampler = next(iter(model.process.steps)) if args.sampler == "auto" else args.sampler
     if args.json:
         print(json.dumps({"samples": [{"text": t, "calls": c} for t, c in zip(texts, calls)], "calls": max(calls),
-                          "seed": args.seed, "sampler": args.sampler}, ensure_ascii=False))  # fmt: skip
+                          "seed": args.seed, "sampler": sampler}, ensure_ascii=False))  # fmt: skip
         return 0
     for number, text in enumerate(texts, 1):
         print(text if len(texts) == 1 else f"--- {number}\n{text}")
@@ -271,14 +302,9 @@ def _eval(args: argparse.Namespace) -> int:
             raise UserError(f"{name} must be at least {least}, not {value}")
     model: Model = load(args.run, args.device)
     result = report(
-        model,
-        data=args.data,
-        calls=calls,
-        tokens=args.eval_tokens,
-        draws=args.draws,
-        samples=args.samples,
-        seed=args.seed,
-    )
+        model, data=args.data, split=args.split, calls=calls, sampler=args.sampler, tokens=args.eval_tokens,
+        draws=args.draws, samples=args.samples, seed=args.seed,
+    )  # fmt: skip
     if args.json:
         print(json.dumps(result.as_dict()))
         return 0

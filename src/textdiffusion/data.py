@@ -26,6 +26,9 @@ STANDARD_BYTES = 100_000_000  # the size of text8 and enwik8
 MINIMUM_DOCUMENTS = 20  # with fewer, whole documents are too coarse a unit to hold out
 
 
+WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which text to train on, and how much of it to hold out."""
@@ -82,9 +85,27 @@ def load_corpus(config: DataConfig) -> Corpus:
     return Corpus(config.source, train, validation, test, has_documents, provenance)
 
 
+def fingerprint(corpus: Corpus) -> str:
+    """A hash of the text and of how it is split."""
+    digest = hashlib.sha256()
+    for part in (corpus.train, corpus.validation, corpus.test):
+        for text in part:
+            digest.update(hashlib.sha256(text.encode()).digest())
+        digest.update(b"|")
+    return digest.hexdigest()[:16]
+
+
+def whole_text(config: DataConfig) -> Corpus:
+    """The text that `config` names, none of it for training: all of it is held out. Raises as `load_corpus` does."""
+    documents, provenance = _read_source(config.source, config.text_field)
+    if not any(documents):
+        raise UserError(f"{config.source} is empty: there is no text in it")
+    return Corpus(config.source, [], documents, has_documents=len(documents) > 1, provenance=provenance)
+
+
 def word_set(corpus: Corpus) -> set[str]:
     """The distinct words of the training text, in lower case."""
-    return {word for text in corpus.train for word in re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", text.lower())}
+    return {word for text in corpus.train for word in WORD.findall(text.lower())}
 
 
 def _split_by_document(documents: list[str], share: float) -> tuple[list[str], list[str]]:
@@ -207,6 +228,11 @@ def _texts(place: str, text_field: str) -> Iterator[str]:
         raise UserError(f"{place} cannot be read at record {number + 1}: {' '.join(str(error).split())}") from error
 
 
+def cache_folder() -> Path:
+    """Where derived files are kept: $TEXTDIFFUSION_CACHE, else ~/.cache/textdiffusion."""
+    return Path(os.environ.get("TEXTDIFFUSION_CACHE") or "~/.cache/textdiffusion").expanduser()
+
+
 @dataclass
 class TokenRuns:
     """Token ids in contiguous runs: run r is `tokens[runs[r]:runs[r + 1]]`, and windows never cross its edges."""
@@ -226,7 +252,7 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache: Path | None = None) ->
     of text and tokenizer, and memory-mapped from there the next time; a damaged file is made again. Raises UserError
     if the folder cannot be written.
     """
-    folder = Path(cache or os.environ.get("TEXTDIFFUSION_CACHE") or "~/.cache/textdiffusion").expanduser()
+    folder = cache or cache_folder()
     result = {}
     for name, texts in (("train", corpus.train), ("validation", corpus.validation), ("test", corpus.test)):
         if texts:

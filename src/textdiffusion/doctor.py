@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from textdiffusion import __version__
+from textdiffusion.data import Windows, tokenize
 from textdiffusion.fit import prepare
 from textdiffusion.model import pick_device
 from textdiffusion.networks.transformer import Transformer
@@ -24,7 +25,7 @@ from textdiffusion.training import Learner, fastest_precision, tune_allocator
 def machine(device: str = "auto") -> dict[str, str]:
     """Facts about the machine, and the choices that would be made on it."""
     device = pick_device(device)
-    precision = fastest_precision(torch.device(device), 256)
+    precision = fastest_precision(torch.device(device))
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -38,7 +39,7 @@ def machine(device: str = "auto") -> dict[str, str]:
         "processor": f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used by torch",
         "gpu": ", ".join(gpus) or "none that torch can use",
         "device": device,
-        "precision": f"{precision}: measured just now, bfloat16 products are "
+        "precision": f"{precision}: measured on this machine, bfloat16 products are "
         + ("clearly faster here" if precision == "bf16" else "not clearly faster here"),
     }
 
@@ -50,16 +51,16 @@ def estimate(config: RunConfig, device: str) -> dict[str, Any]:
         UserError: unusable data or settings.
     """
     tune_allocator()
-    corpus, _, config = prepare(config)
+    corpus, tokenizer, config = prepare(config)
+    Windows(tokenize(corpus, tokenizer)["train"], int(config.network["window"]), 0)  # refuses too short a text
     process = build(config)
     network = process.network
     assert isinstance(network, Transformer)
     network.to(device)
-    network.compute_dtype = torch.float32
     training = config.training
     precision = training.precision
     if precision == "auto":
-        precision = fastest_precision(torch.device(device), int(config.network["width"]))
+        precision = fastest_precision(torch.device(device))
     if precision == "bf16":
         network.compute_dtype = torch.bfloat16
     learner = Learner(network, training)

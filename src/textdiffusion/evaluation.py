@@ -8,7 +8,6 @@ end-of-text token. An end-of-text token counts as one character.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from textdiffusion.data import WORD
 from textdiffusion.noise import Noise
 from textdiffusion.process import HasCurve, Kind, Process
 
 BITS = 1 / math.log(2)
-WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 
 
 @dataclass(frozen=True)
@@ -30,14 +29,15 @@ class Figure:
     """Bits per character with their standard error over windows, and what kind of figure they are."""
 
     bits_per_char: float
-    standard_error: float
+    standard_error: float | None  # None where a single window tells nothing of it
     kind: Kind
     sampler: str
     calls: int | None  # of the sampler that the figure belongs to; None is the limit of many
 
     def __str__(self) -> str:
         sign = {"exact": "", "upper": "<= ", "none": "~ "}[self.kind]
-        return f"{sign}{self.bits_per_char:.3f} +- {self.standard_error:.3f} bits/char"
+        error = "" if self.standard_error is None else f" +- {self.standard_error:.3f}"
+        return f"{sign}{self.bits_per_char:.3f}{error} bits/char"
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,17 @@ class Report:
         return body | {"by_calls": [vars(f) for f in self.by_calls], "curve": self.curve}
 
 
+@dataclass
+class _Sums:
+    """What one budget adds up to: nats in all, and each window's part in the error of that sum."""
+
+    nats: float
+    spread: np.ndarray  # [windows]
+    kind: Kind
+    sampler: str
+    calls: int | None
+
+
 @torch.inference_mode()
 def evaluate(
     process: Process,
@@ -65,6 +76,7 @@ def evaluate(
     characters: np.ndarray,
     *,
     calls: Sequence[int] = (),
+    sampler: str | None = None,
     draws: int = 1,
     seed: int = 0,
     batch: int = 128,
@@ -78,108 +90,125 @@ def evaluate(
         characters: characters a token, int [V].
         calls: budgets for which the figure of the sampler of exactly that many calls is wanted too. A family whose
             likelihood is exact has one figure only.
+        sampler: whose T-call bound; None takes the family's first.
         draws: noisy copies of each window, for families whose bound is estimated.
         seed: of the noise; a part of the protocol.
         batch: windows in a network call.
+    Raises:
+        UserError: a sampler without a known bound.
     """
     budgets: list[int | None] = [None, *calls]
     sizes = np.array([characters[w].sum() for w in windows], dtype=np.float64)
     longest = max(len(w) for w in windows)
-    # nats[budget][window]: estimates whose sum over windows is unbiased; their spread gives the standard error.
-    nats = np.zeros((len(budgets), len(windows)))
-    kinds: list[Any] = [None] * len(budgets)
+    totals, spread = np.zeros(len(budgets)), np.zeros((len(budgets), len(windows)))
+    kinds: list[tuple[Kind, str, int | None]] = []
     curve: list[float] = []
     for length in sorted({len(w) for w in windows}):
-        chosen = [i for i, w in enumerate(windows) if len(w) == length]
+        chosen = np.array([i for i, w in enumerate(windows) if len(w) == length])
         x = torch.from_numpy(np.stack([windows[i] for i in chosen]).astype(np.int64)).to(device)
         if isinstance(process, HasCurve):
-            # A short tail gets every point of the curve, so that it is as well measured as the many full windows.
-            copies = draws if length == longest and len(chosen) >= 2 * length else length
-            points, sums = _by_curve(process, x, budgets, copies, seed, batch)
-            nats[:, chosen] = sums
+            copies = draws
             if length == longest:
-                curve = points
-            for j, budget in enumerate(budgets):
-                kinds[j] = ("upper", next(iter(process.steps)), budget)
+                # At least two examples at every point of the curve, so that its error is known too.
+                copies = min(length, max(draws, -(-2 * length // len(chosen))))
+            curve, sums = _by_curve(process, x, sizes[chosen], budgets, sampler, copies, seed, batch)
         else:
-            for j, budget in enumerate(budgets):
-                if budget is not None and kinds[0] is not None and kinds[0][0] == "exact":
-                    continue
-                for draw in range(draws if kinds[0] is None or kinds[0][0] != "exact" else 1):
-                    for begin in range(0, len(chosen), batch):
-                        part = slice(begin, begin + batch)
-                        noise = Noise(seed, np.arange(len(chosen))[part], len(chosen), draw, device)
-                        nll = process.nll(x[part], noise, budget)
-                        nats[j, chosen[part]] += nll.total.double().cpu().numpy() / draws
-                        kinds[j] = (nll.kind, nll.sampler, nll.calls)
-                    if nll.kind == "exact":
-                        nats[j, chosen] *= draws
-                        break
-    figures = [_figure(nats[j], sizes, kinds[j]) for j in range(len(budgets)) if kinds[j] is not None]
-    if figures[0].kind == "exact":
-        figures = figures[:1]
+            sums = _by_draws(process, x, sizes[chosen], budgets, draws, seed, batch)
+        for j, part in enumerate(sums):
+            totals[j] += part.nats
+            spread[j, chosen] = part.spread
+        kinds = [(part.kind, part.sampler, part.calls) for part in sums]  # of the longest windows in the end
+    figures = []
+    for j, kind in enumerate(kinds):
+        error = None
+        if len(windows) > 1:
+            error = float((spread[j] ** 2).sum() * len(windows) / (len(windows) - 1)) ** 0.5 / sizes.sum() * BITS
+        figures.append(Figure(float(totals[j] / sizes.sum() * BITS), error, *kind))
     tokens = int(sum(len(w) for w in windows))
     return Report(figures[0], figures[1:], curve, len(windows), tokens, int(sizes.sum()))
 
 
-def _by_curve(
-    process: Any, x: Tensor, budgets: Sequence[int | None], copies: int, seed: int, batch: int
-) -> tuple[list[float], np.ndarray]:
-    """Curve in nats by number shown, and for each budget the estimate of each window, [budgets, windows].
+def _by_draws(
+    process: Process, x: Tensor, sizes: np.ndarray, budgets: Sequence[int | None], draws: int, seed: int, batch: int
+) -> list[_Sums]:
+    """Each budget by itself, from draws of ``process.nll``; a family with an exact likelihood has the first alone."""
+    out: list[_Sums] = []
+    for budget in budgets:
+        if out and out[0].kind == "exact":
+            break
+        nats, draw = np.zeros(len(x)), 0
+        while True:
+            for begin in range(0, len(x), batch):
+                part = slice(begin, begin + batch)
+                nll = process.nll(x[part], Noise(seed, np.arange(len(x))[part], len(x), draw, x.device), budget)
+                nats[part] += nll.total.double().cpu().numpy()
+            draw += 1
+            if nll.kind == "exact" or draw == draws:
+                break
+        nats /= draw
+        spread = nats - nats.sum() / sizes.sum() * sizes
+        out.append(_Sums(float(nats.sum()), spread, nll.kind, nll.sampler, nll.calls))
+    return out
 
-    Copy c of window w is one example, its number hidden stratified over all examples. The estimate of a budget is
-    sum_n weight(n) mean(curve at n), unbiased whatever the strata; a window's part in it is its own examples', scaled
-    so that the parts of all windows add up to the whole times the number of windows.
+
+def _by_curve(
+    process: Any,
+    x: Tensor,
+    sizes: np.ndarray,
+    budgets: Sequence[int | None],
+    sampler: str | None,
+    copies: int,
+    seed: int,
+    batch: int,
+) -> tuple[list[float], list[_Sums]]:
+    """Curve in nats by number shown (empty if too few examples for all its points), and the sums of every budget.
+
+    Copy c of all windows fills the c-th of ``copies`` ranges of the number hidden, in a random order of its own, so
+    each window is equally likely at each number: the mean at a number is unbiased, and so is any weighted sum.
     """
     windows, length = x.shape
     examples = windows * copies
-    number = np.arange(examples)
-    # Consecutive examples of a window fall on far apart strata.
-    order = (number % copies) * windows + number // copies
-    hidden = torch.from_numpy(1 + order * length // examples).to(x.device)
+    order = Noise.of(seed, copies, device="cpu").uniform("order", windows).argsort(-1).argsort(-1).numpy()
+    window = np.tile(np.arange(windows), copies)
+    place = (np.arange(copies)[:, None] * windows + order).ravel()
+    n = 1 + place * length // examples
+    hidden = torch.from_numpy(n).to(x.device)
     values = np.zeros(examples)
     for begin in range(0, examples, batch):
         part = np.arange(begin, min(begin + batch, examples))
-        noise = Noise(seed, part, examples, 0, x.device)
-        value = process.curve_point(x[part // copies], hidden[part], noise)
-        values[part] = value.double().cpu().numpy()
-    n = hidden.cpu().numpy()
+        noise = Noise(seed, part, examples, 1, x.device)
+        values[part] = process.curve_point(x[window[part]], hidden[part], noise).double().cpu().numpy()
     count = np.bincount(n, minlength=length + 1).astype(float)
-    mean = np.bincount(n, weights=values, minlength=length + 1) / np.maximum(count, 1)
-    # Too few examples for every stratum: points between measured ones are interpolated.
-    mean[1:] = np.interp(np.arange(1, length + 1), np.nonzero(count)[0], mean[count > 0])
-    sums = np.zeros((len(budgets), windows))
-    for j, budget in enumerate(budgets):
-        weight = process.curve_weights(length, budget)
-        total = float(weight @ mean)
-        # Spread about the curve, gathered by window, so that copies of one window do not count as independent.
-        spread = np.where(count[n] > 0, weight[n] / np.maximum(count[n], 1), 0.0) * (values - mean[n])
-        sums[j] = total + windows * np.bincount(number // copies, weights=spread, minlength=windows)
-    return mean[:0:-1].tolist(), sums
-
-
-def _figure(nats: np.ndarray, sizes: np.ndarray, kind: tuple[Kind, str, int | None]) -> Figure:
-    ratio = nats.sum() / sizes.sum()
-    # Standard error of a ratio of sums over windows.
-    residual = nats - ratio * sizes
-    error = math.sqrt(float((residual**2).sum()) * len(nats) / max(len(nats) - 1, 1)) / sizes.sum()
-    return Figure(float(ratio * BITS), float(error * BITS), *kind)
+    share = (sizes / sizes.mean())[window]  # a window of more characters is expected to hold more nats
+    whole = bool((count[1:] > 0).all())
+    if whole:
+        mean = np.bincount(n, weights=values, minlength=length + 1) / np.maximum(count, 1)
+        # m / (m - 1): the spread is about the point's own mean.
+        factor = np.sqrt(count / np.maximum(count - 1, 1))
+        residual = (values - mean[n] * share) * factor[n] / count[n]
+    out = []
+    for budget in budgets:
+        weight, made = process.curve_weights(length, budget, sampler)
+        if whole:
+            nats, parts = windows * float(weight @ mean), windows * weight[n] * residual
+        else:
+            # Numbers are drawn uniformly, by strata: each example stands for length / copies of them.
+            single = weight[n] * values * length / copies
+            nats, parts = float(single.sum()), single - single.mean() * share
+        spread = np.bincount(window, weights=parts, minlength=windows)
+        out.append(_Sums(nats, spread, "upper", sampler or next(iter(process.steps)), made))
+    return mean[:0:-1].tolist() if whole else [], out
 
 
 # -- samples ------------------------------------------------------------------------------------------------------
 
 
-def words(text: str) -> list[str]:
-    """Lower-cased words of a text."""
-    return WORD.findall(text.lower())
-
-
-def whole_words(text: str, edges: bool = True) -> list[str]:
-    """Words of a sample; without its first and last, which its ends may have cut."""
+def whole_words(text: str) -> list[str]:
+    """Lower-cased words of a sample; without a first or last that its ends may have cut."""
     found = list(WORD.finditer(text.lower()))
-    if edges and found and found[0].start() == 0:
+    if found and found[0].start() == 0:
         found = found[1:]
-    if edges and found and found[-1].end() == len(text):
+    if found and found[-1].end() == len(text):
         found = found[:-1]
     return [m.group() for m in found]
 

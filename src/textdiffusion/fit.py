@@ -14,9 +14,9 @@ from types import FrameType
 import torch
 
 from textdiffusion import card
-from textdiffusion.data import Corpus, Windows, evaluation_windows, load_corpus, tokenize
+from textdiffusion.data import Corpus, Windows, evaluation_windows, fingerprint, load_corpus, tokenize
 from textdiffusion.errors import UserError
-from textdiffusion.evaluation import BITS, Figure, evaluate
+from textdiffusion.evaluation import Figure, evaluate
 from textdiffusion.networks.transformer import Transformer
 from textdiffusion.noise import Noise
 from textdiffusion.process import Process, count_parameters
@@ -51,7 +51,7 @@ class Stepped:
 
     step: int
     progress: float
-    bits_per_char: float  # of the training objective on the last batches
+    objective: float  # what training minimises, nats a token, averaged over the last batches; no likelihood
     tokens_per_second: float
     seconds: float
     left: float  # seconds
@@ -75,7 +75,7 @@ class Stopped:
     run: Path
     step: int
     seconds: float
-    best: float  # bits per character
+    best: float | None  # bits per character, of the weights that are kept
     signal: int | None = None
 
 
@@ -83,7 +83,7 @@ Event = Started | Stepped | Validated | Stopped
 
 
 class _Signals:
-    """Notes SIGINT and SIGTERM while training, so that a checkpoint can be saved before stopping."""
+    """Notes SIGINT and SIGTERM while training, so that a checkpoint can be saved first; a second one stops at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -91,6 +91,12 @@ class _Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self.before = {}
 
     def __enter__(self) -> _Signals:
         try:
@@ -101,15 +107,20 @@ class _Signals:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._restore()
 
 
 def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> tuple[Corpus, Tokenizer, RunConfig]:
     """Read the text and make, or take, the tokenizer; the config with what follows from them filled in."""
     corpus = load_corpus(config.data)
     tokenizer = tokenizer or build_tokenizer(config.tokenizer, corpus.train)
-    config = dataclasses.replace(config, vocabulary=tokenizer.vocabulary, start=tokenizer.end_of_text)
+    text = fingerprint(corpus)
+    if config.text not in ("", text):
+        raise UserError(
+            f"the text of {config.data.source} is not the one this run was trained on, so what was held out "
+            "is unknown; put the text back, or start a new run"
+        )
+    config = dataclasses.replace(config, vocabulary=tokenizer.vocabulary, start=tokenizer.end_of_text, text=text)
     return corpus, tokenizer, config
 
 
@@ -131,7 +142,7 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
 
     # 2. Network, on the precision that is fast here. A resumed run keeps what it began with.
     if config.training.precision == "auto":
-        fastest = fastest_precision(torch.device(device), int(config.network["width"]))
+        fastest = fastest_precision(torch.device(device))
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=fastest))
     process = build(config)
     network = process.network
@@ -143,9 +154,10 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
     assert isinstance(averaged, Transformer)
     for net in (network, averaged):
         net.compute_dtype = dtype
-    numbers = {"best": math.inf, "best_step": 0.0}
+    numbers: dict[str, float] = {"best": math.inf, "best_step": 0, "smooth": 0.0}
     if before:
-        run, numbers = before, before.restore(learner)
+        # A run killed before its first checkpoint begins anew, with the same draws.
+        run, numbers = before, before.restore(learner) or numbers
         run.forget_after(learner.step)
     else:
         run = Run.create(path, config, tokenizer)
@@ -155,49 +167,53 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
     )  # fmt: skip
 
     # 3. Learn.
-    best, best_step = numbers["best"], int(numbers["best_step"])
-    train_characters = tokenizer.characters[tokens["train"].tokens[:100_000]].mean()
+    best, best_step, smooth = numbers["best"], int(numbers["best_step"]), numbers["smooth"]
     validations = math.floor(learner.progress * config.training.evaluations)
-    smooth, saved, begin, begin_step = 0.0, time.monotonic(), time.perf_counter(), learner.step
+
+    def validate(with_sample: bool) -> Validated:
+        nonlocal best, best_step
+        view = process.over(averaged.eval())
+        figure = evaluate(view, held_out, tokenizer.characters, device=device).figure
+        better = figure.bits_per_char < best
+        if better:
+            best, best_step = figure.bits_per_char, learner.step
+            run.save_weights(averaged)
+        text = show(view, tokenizer, window, config.training.seed, device) if with_sample else None
+        risen = best_step if figure.bits_per_char > best + 4 * (figure.standard_error or math.inf) else None
+        record: dict[str, object] = {"step": learner.step, "seconds": round(learner.seconds, 2), "objective": smooth}
+        run.log(record | vars(figure) | {"sample": text})
+        return Validated(learner.step, figure, better, text, risen)
+
+    def save() -> None:
+        run.save_checkpoint(learner, {"best": best, "best_step": best_step, "smooth": smooth})
+
+    finished = learner.progress >= 1
+    saved, begin, begin_step = time.monotonic(), time.perf_counter(), learner.step
     with _Signals() as signals:
         for now in train(process, windows.rows, learner, device):
-            share = max(0.05, 1 / (learner.step - begin_step))
-            smooth += share * (now.loss - smooth)
-            elapsed = time.perf_counter() - begin
-            rate = (now.step - begin_step) * now.tokens / elapsed
+            smooth += max(0.05, 1 / now.step) * (now.loss - smooth)
+            made, elapsed = now.step - begin_step, time.perf_counter() - begin
             if config.training.steps is not None:
-                left = (config.training.steps - now.step) * elapsed / (now.step - begin_step)
+                left = (config.training.steps - now.step) * elapsed / made
             else:
                 left = 60 * (config.training.minutes or 0.0) - now.seconds
-            yield Stepped(now.step, now.progress, smooth * BITS / train_characters, rate, now.seconds, max(left, 0.0))
+            yield Stepped(now.step, now.progress, smooth, made * now.tokens / elapsed, now.seconds, max(left, 0.0))
             due = math.floor(now.progress * config.training.evaluations)
-            if due > validations:
+            if validations < due < config.training.evaluations:
                 validations = due
-                view = process.over(averaged.eval())
-                figure = evaluate(view, held_out, tokenizer.characters, device=device).figure
-                better = figure.bits_per_char < best
-                if better:
-                    best, best_step = figure.bits_per_char, now.step
-                    run.save_weights(averaged)
-                text = None
-                if due % SHOWN_EVERY == 0 or now.progress >= 1:
-                    text = show(view, tokenizer, window, config.training.seed, device)
-                risen = best_step if figure.bits_per_char > best + 4 * figure.standard_error else None
-                record: dict[str, object] = {"step": now.step, "seconds": round(now.seconds, 2), "sample": text}
-                record |= {"tokens_per_second": round(rate), "train_bits_per_char": smooth * BITS / train_characters}
-                run.log(record | vars(figure))
-                yield Validated(now.step, figure, better, text, risen)
-            wanted = time.monotonic() - saved >= config.training.checkpoint_seconds
-            if wanted or signals.received or now.progress >= 1:
-                if not (path / "model.safetensors").exists():
-                    run.save_weights(averaged)
-                run.save_checkpoint(learner, {"best": best, "best_step": best_step})
-                saved = time.monotonic()
-            if signals.received and now.progress < 1:
+                yield validate(due % SHOWN_EVERY == 0)
+            if signals.received is not None and now.progress < 1:
+                if math.isinf(best):
+                    yield validate(False)
+                save()
                 yield Stopped(path, now.step, now.seconds, best, signals.received)
                 return
-    if not (path / "model.safetensors").exists():
-        raise UserError(f"{path} is trained to its end already; to train more, start another run with more --steps")
+            if time.monotonic() - saved >= config.training.checkpoint_seconds:
+                save()
+                saved = time.monotonic()
+    if not finished or math.isinf(best):
+        yield validate(True)
+        save()
     card.write_card(run, best, learner.step, learner.seconds, corpus)
     yield Stopped(path, learner.step, learner.seconds, best)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +13,18 @@ import torch
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import evaluate
 from textdiffusion.families import family, names
-from textdiffusion.fit import fit
+from textdiffusion.fit import Stopped, fit
 from textdiffusion.noise import Noise
 from textdiffusion.presets import configure
 from textdiffusion.process import Process
 from textdiffusion.run import RUNS, Run, RunConfig, newest_run
-from textdiffusion.sampling import Frame, sample
+from textdiffusion.sampling import sample
 from textdiffusion.template import Template, gaps, prompt
 from textdiffusion.tokenizer import Tokenizer
+from textdiffusion.watching import TextFrame, watch
 
-BLANK = "░"  # a position where nothing is written yet
 BATCH = 32  # texts denoised together
-
-
-@dataclass(frozen=True)
-class TextFrame:
-    """A frame of the reverse process with its texts.
-
-    step of, t, calls, confidence: as in sampling.Frame. pieces: for each text, the string of each token, BLANK where
-    nothing is written. given: bool [B L], which tokens were fixed.
-    """
-
-    frame: Frame
-    pieces: list[list[str]]
-    given: torch.Tensor
-    decoded: list[str]
-
-    @property
-    def texts(self) -> list[str]:
-        """The texts, with BLANK where nothing is written yet."""
-        return self.decoded
+LONGEST = 1_000_000  # tokens; more is a slip of the finger
 
 
 class Model:
@@ -57,8 +39,8 @@ class Model:
         return int(self.config.network["window"])
 
     def _check_length(self, length: int) -> None:
-        if length < 1:
-            raise UserError(f"--length must be at least 1, not {length}")
+        if not 1 <= length <= LONGEST:
+            raise UserError(f"--length must be from 1 to {LONGEST:,}, not {length}")
         if self.process.bounded and length > self.window:
             free = [n for n in names() if not family(n).bounded]
             raise UserError(
@@ -72,7 +54,7 @@ class Model:
         if infill is not None:
             template = gaps(infill, self.tokenizer)
         elif begin is not None and begin != "":
-            template = prompt(begin, length or self.window, self.tokenizer)
+            template = prompt(begin, self.window if length is None else length, self.tokenizer)
         else:
             return None
         if not self.process.infills and bool((template.given[1:] & ~template.given[:-1]).any()):
@@ -112,12 +94,15 @@ class Model:
             UserError: a value out of range, or something that the family cannot do.
         """
         for name, value, low in (("-n", n, 1), ("--calls", calls, 1), ("--temperature", temperature, 0)):
-            if value is not None and not value >= low:
-                raise UserError(f"{name} must be at least {low}, not {value:g}")
+            if value is not None and not low <= value <= LONGEST:
+                raise UserError(f"{name} must be from {low} to {LONGEST:,}, not {value:g}")
         if top_p is not None and not 0 < top_p <= 1:
             raise UserError(f"--top-p must be above 0 and at most 1, not {top_p:g}")
         template = self._template(length, prompt, infill)
-        length = len(template) if template is not None else (length or self.window)
+        if template is not None:
+            length = len(template)
+        elif length is None:
+            length = self.window
         self._check_length(length)
         noise = Noise(seed, np.arange(first_row, first_row + n), rows_in_all or n, device=self.device)
         tokens = given = None
@@ -131,24 +116,7 @@ class Model:
             self.process, noise, length, calls or max(free, 1), sampler=sampler, tokens=tokens, given=given,
             temperature=temperature, top_p=top_p,
         ):  # fmt: skip
-            rows = frame.tokens.tolist()
-            yield TextFrame(frame, [self._pieces(r) for r in rows], known, [self._text(r) for r in rows])
-
-    def _pieces(self, row: list[int]) -> list[str]:
-        pieces = self.tokenizer.pieces()
-        return [BLANK if t < 0 else pieces[t] for t in row]
-
-    def _text(self, row: list[int]) -> str:
-        """Decode runs of written tokens, so that characters of several bytes come out whole."""
-        out, run = [], list[int]()
-        for token in [*row, -1]:
-            if token >= 0:
-                run.append(token)
-                continue
-            out.append(self.tokenizer.decode(run) if run else "")
-            out.append(BLANK)
-            run = []
-        return "".join(out[:-1])
+            yield TextFrame(frame, known, self.tokenizer)
 
     def sample(self, n: int = 4, length: int | None = None, calls: int | None = None, **how: Any) -> list[str]:
         """Write n texts; arguments as in `stream`."""
@@ -175,18 +143,21 @@ class Model:
 
     def watch(self, n: int = 1, length: int | None = None, calls: int | None = None, **how: Any) -> list[str]:
         """Show the denoising live, in a terminal or a notebook, or as plain lines over a pipe; returns the texts."""
-        from textdiffusion.terminal import watch
-
         return watch(self.stream(n, length, calls, **how))
 
     def score(self, text: str, draws: int = 8, seed: int = 0) -> float:
         """Bits per character of a text: exact or an upper bound in expectation, as the family's likelihood is.
 
-        The text is cut into windows as in evaluation. Symbols unknown to a character tokenizer score as one symbol.
+        The text is cut into windows as in evaluation.
+
+        Raises:
+            UserError: no text, or symbols that the tokenizer cannot express.
         """
         ids = np.asarray(self.tokenizer.encode(text), dtype=np.int64)
         if not len(ids):
             raise UserError("there is no text to score")
+        if unseen := self.tokenizer.unseen(text):
+            raise UserError(f"this run's tokenizer has never seen {unseen!r}: it has no likelihood for such a text")
         windows = [ids[i : i + self.window] for i in range(0, len(ids), self.window)]
         report = evaluate(self.process, windows, self.tokenizer.characters, draws=draws, seed=seed, device=self.device)
         return report.figure.bits_per_char
@@ -202,8 +173,8 @@ def pick_device(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA GPU that torch can use here; try --device cpu, or `textdiffusion doctor`")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("there is no Apple GPU that torch can use here; try --device cpu")
+    if device == "mps":
+        raise UserError("draws are made in float64, which Apple GPUs lack; use --device cpu")
     return device
 
 
@@ -220,7 +191,7 @@ def load(path: str | Path | None = None, device: str = "auto") -> Model:
 
 def new_run_path(family_name: str, data: str) -> Path:
     """A name under runs/ that is not taken."""
-    stem = f"{family_name}-{Path(data).stem or 'text'}"
+    stem = f"{family_name}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(data).stem).strip('-') or 'text'}"
     number = 1
     while (path := RUNS / (stem if number == 1 else f"{stem}-{number}")).exists():
         number += 1
@@ -236,6 +207,7 @@ def train(out: str | Path | None = None, device: str = "auto", resume: bool = Fa
     """
     config = configure(**flags)
     path = Path(out) if out is not None else new_run_path(config.family, config.data.source)
-    for _ in fit(config, path, resume=resume, device=pick_device(device)):
-        pass
+    for event in fit(config, path, resume=resume, device=pick_device(device)):
+        if isinstance(event, Stopped) and event.signal is not None:
+            raise KeyboardInterrupt(f"stopped and saved in {path}")
     return load(path, device)

@@ -22,9 +22,16 @@ DEFAULT_LENGTH = 64
 
 def shape(depth: int) -> dict[str, Any]:
     """Network fields for a depth: 64 of width, and one head, a block."""
-    if depth < 1:
-        raise UserError(f"--depth must be at least 1, not {depth}")
+    if not 1 <= depth <= 1000:
+        raise UserError(f"--depth must be from 1 to 1,000, not {depth}")
     return {"depth": depth, "width": HEAD_WIDTH * depth, "heads": depth}
+
+
+def depth_for(minutes: float | None) -> int:
+    """The size that learns most in so many minutes of a laptop's CPU; in steps, the smallest preset."""
+    if minutes is None or minutes <= 10:
+        return 3
+    return 4 if minutes <= 40 else 6
 
 
 def configure(
@@ -49,13 +56,16 @@ def configure(
     find_family(family)
     if preset is not None and preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}, not {preset!r}")
-    if length < 1:
-        raise UserError(f"--length must be at least 1, not {length}")
+    if not 1 <= length <= 1_000_000:
+        raise UserError(f"--length must be from 1 to 1,000,000, not {length}")
     if steps is not None and minutes is not None:
         raise UserError("give --steps or --minutes, not both")
     if steps is None and minutes is None:
         minutes = 5.0
-    chosen = depth if depth is not None else PRESETS[preset or "tiny"]
+    if depth is not None:
+        chosen = depth
+    else:
+        chosen = PRESETS[preset] if preset else depth_for(minutes)
     # Matrices are taught by Muon, whose steps are scaled to their shape; AdamW's rate falls with the width.
     training = TrainingConfig(steps=steps, minutes=minutes, seed=seed)
     training = replace(training, rate=round(training.rate * min(1.0, (4 / chosen) ** 0.5), 6))

@@ -179,8 +179,8 @@ class Process(ABC):
 
     # -- reverse --------------------------------------------------------------------------------------------------
     @abstractmethod
-    def plan(self, length: int, calls: int) -> Sequence[float]:
-        """Decreasing times 1 = t_0 > ... > t_T = 0 of a run with T <= calls network calls for L free positions."""
+    def plan(self, length: int, calls: int, sampler: str) -> Sequence[float]:
+        """Decreasing times 1 = t_0 > ... > t_T = 0 of a run of about ``calls`` network calls for L free positions."""
 
     @abstractmethod
     def template(self, tokens: Tensor, given: Tensor, noise: Noise) -> State:
@@ -199,8 +199,14 @@ class HasCurve(Protocol):
         """Mean nats of a hidden token [B] when ``hidden`` [B] random positions of x_0 are hidden."""
         ...
 
-    def curve_weights(self, length: int, calls: int | None) -> np.ndarray:
-        """float64 [length + 1]: bound(calls) = sum over n of weights[n] * curve(n)."""
+    def curve_weights(
+        self, length: int, calls: int | None, sampler: str | None = None
+    ) -> tuple[np.ndarray, int | None]:
+        """Weights float64 [length + 1], bound = sum over n of weights[n] * curve(n), and the calls that it is of.
+
+        Raises:
+            UserError: no bound is known for this sampler.
+        """
         ...
 
 

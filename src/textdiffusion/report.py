@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from textdiffusion.data import DataConfig, evaluation_windows, load_corpus, tokenize, word_set
+from textdiffusion.data import DataConfig, evaluation_windows, tokenize, whole_text, word_set
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import Report, TextStatistics, evaluate, text_statistics
+from textdiffusion.fit import prepare
 from textdiffusion.model import Model
 
 
@@ -20,6 +21,7 @@ class RunReport:
     text: str
     likelihood: Report
     unseen: int  # held-out tokens that the tokenizer cannot express
+    pieces: bool  # tokens are of several characters: the likelihood is of the text cut into them in the usual way
     samples: TextStatistics | None
     calls: int  # network calls a sample
 
@@ -56,36 +58,61 @@ class RunReport:
 
 
 def report(
-    model: Model, *, data: str | None, calls: Sequence[int], tokens: int | None, draws: int, samples: int, seed: int
+    model: Model,
+    *,
+    data: str | None,
+    split: str,
+    calls: Sequence[int],
+    sampler: str | None,
+    tokens: int | None,
+    draws: int,
+    samples: int,
+    seed: int,
 ) -> RunReport:
     """Evaluate a model.
 
     Args:
-        data: another text, all of which is read; None takes the held-out part of the run's own.
-        calls: budgets to measure the bound for. tokens: about how many held-out tokens to read, None for all.
+        data: another text, all of which is read; None takes the held-out part ``split`` of the run's own.
+        split: "validation" or "test".
+        calls: budgets to measure the bound for, of ``sampler``. tokens: about how many to read, None for all.
         draws: noisy copies of a window. samples: texts to write for the statistics, 0 for none.
     Raises:
-        UserError: unusable text.
+        UserError: unusable text, or not the text that the run was trained on.
     """
-    own = load_corpus(model.config.data)
-    if data is None:
-        corpus, name = own, f"held-out part of {own.name}"
+    own = None
+    if data is None or samples:
+        own, _, _ = prepare(model.config, model.tokenizer)
+    if data is not None:
+        corpus = whole_text(DataConfig(source=data, text_field=model.config.data.text_field))
+        split, name = "validation", corpus.name
     else:
-        corpus = load_corpus(DataConfig(source=data, text_field=model.config.data.text_field))
-        corpus.validation = corpus.train + corpus.validation + corpus.test
-        name = corpus.name
-    held_out = tokenize(corpus, model.tokenizer)["validation"]
+        assert own is not None
+        corpus, name = own, f"{split} part of {own.name}"
+    if split == "test" and not corpus.test:
+        raise UserError(f"{name}: this text has no test part; text8 and enwik8 have one")
+    held_out = tokenize(corpus, model.tokenizer)[split]
     windows = evaluation_windows(held_out, model.window, limit=tokens)
-    if not windows:
-        raise UserError(f"{name} has no text to evaluate on")
     likelihood = evaluate(
-        model.process, windows, model.tokenizer.characters, calls=calls, draws=draws, seed=seed, device=model.device
-    )
+        model.process, windows, model.tokenizer.characters, calls=calls, sampler=sampler, draws=draws, seed=seed,
+        device=model.device,
+    )  # fmt: skip
     unknown = model.tokenizer.unknown
     unseen = 0 if unknown is None else int(sum((w == unknown).sum() for w in windows))
+    if unseen:
+        likelihood = without_kind(likelihood)
     statistics, made = None, 0
-    if samples:
+    if samples and own is not None:
         texts, counted = model.sample_counted(samples, seed=seed)
         made = max(counted)
         statistics = text_statistics(texts, word_set(own), own.train)
-    return RunReport(str(model.config.family), name, likelihood, unseen, statistics, made)
+    pieces = model.tokenizer.kind not in ("char", "byte")
+    return RunReport(model.config.family, name, likelihood, unseen, pieces, statistics, made)
+
+
+def without_kind(report: Report) -> Report:
+    """The same figures, no longer called a likelihood: the tokens do not say all of the text."""
+    return replace(
+        report,
+        figure=replace(report.figure, kind="none"),
+        by_calls=[replace(figure, kind="none") for figure in report.by_calls],
+    )

@@ -3,7 +3,7 @@
   config.json         what the run is: family, network, tokenizer, data, training
   model.safetensors   the weights to use: the average with the best validation figure so far
   tokenizer.json      standard tokenizer file
-  metrics.jsonl       one line a validation, and one a minute or so of training
+  metrics.jsonl       one line a validation
   checkpoints/        what --resume needs, newest last
   README.md           model card
 Files are written beside and renamed, so none is ever half there; nothing is pickled.
@@ -19,7 +19,8 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -51,6 +52,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=1))
     vocabulary: int = 0
     start: int = 0
+    text: str = ""  # hash of the text it was trained on, so that held-out text stays held out
 
     def to_json(self) -> str:
         body = {"model_type": "textdiffusion", "format": 1} | dataclasses.asdict(self)
@@ -63,16 +65,41 @@ def with_fields(cls: type, values: Mapping[str, Any], where: str) -> Any:
     Raises:
         UserError: naming the field and what it may be.
     """
-    known = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} must be a group of fields, not {values!r}")
+    hints = get_type_hints(cls)
+    fields = [f.name for f in dataclasses.fields(cls)]
     for name, value in values.items():
-        if name not in known:
-            raise UserError(f"there is no field {where}.{name}; {where} has: {', '.join(known) or 'no fields'}")
-        default = known[name].default
-        wanted = type(default) if default is not dataclasses.MISSING and default is not None else type(value)
-        number = wanted is float and isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number or isinstance(value, wanted)) or (isinstance(value, bool) and wanted is not bool):
-            raise UserError(f"{where}.{name} must be of type {wanted.__name__}, not {value!r}")
-    return cls(**values)
+        if name not in fields:
+            raise UserError(f"there is no field {where}.{name}; {where} has: {', '.join(fields) or 'no fields'}")
+        if not _fits(value, hints[name]):
+            raise UserError(f"{where}.{name} must be {_wanted(hints[name])}, not {value!r}")
+    try:
+        return cls(**values)
+    except TypeError:
+        missing = [f.name for f in dataclasses.fields(cls) if f.name not in values]
+        raise UserError(f"{where} lacks fields; it needs some of: {', '.join(missing)}") from None
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint) and isinstance(value, str)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    kind = get_origin(hint) or hint
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def _wanted(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_wanted(part) for part in get_args(hint))
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}.get(
+        hint, getattr(hint, "__name__", str(hint))
+    )
 
 
 def override(config: RunConfig, settings: list[str]) -> RunConfig:
@@ -98,9 +125,11 @@ def override(config: RunConfig, settings: list[str]) -> RunConfig:
             with contextlib.suppress(ValueError):
                 value = float(value)
         parts[part][key] = value
-    with_fields(family(config.family).Config, parts["process"], "process")
-    fixed = {"inputs": 1, "outputs": 1}
-    with_fields(TransformerConfig, fixed | parts["network"], "network")
+    cls = family(config.family)
+    decided = cls.network_fields(with_fields(cls.Config, parts["process"], "process"), 1)
+    for name in decided.keys() & parts["network"].keys():
+        raise UserError(f"network.{name} is decided by the {config.family} family and cannot be set")
+    with_fields(TransformerConfig, parts["network"] | decided, "network")
     return dataclasses.replace(
         config,
         network=parts["network"],
@@ -115,8 +144,9 @@ def build(config: RunConfig) -> Process:
     cls = family(config.family)
     process_config = with_fields(cls.Config, config.process, "process")
     fields = config.network | cls.network_fields(process_config, config.vocabulary)
-    torch.manual_seed(config.training.seed)
-    network = Transformer(with_fields(TransformerConfig, fields, "network"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        network = Transformer(with_fields(TransformerConfig, fields, "network"))
     return cls(network, process_config, config.vocabulary, start=config.start)
 
 
@@ -163,6 +193,9 @@ class Run:
         if (path / "config.json").exists():
             raise UserError(f"{path} holds a run already; add --resume to go on with it, or choose another --out")
         path.mkdir(parents=True, exist_ok=True)
+        ours = {"tokenizer.json", "tokenizer_config.json"}  # left by a run killed at its very start
+        if others := [p.name for p in path.iterdir() if p.name not in ours and not p.name.startswith(".")]:
+            raise UserError(f"{path} holds other files ({others[0]}, ...); choose an empty or a new folder for --out")
         tokenizer.save(path)
         write(path / "config.json", config.to_json())
         return Run(path, config, tokenizer)
@@ -182,15 +215,20 @@ class Run:
         try:
             body = json.loads(file.read_text(encoding="utf-8"))
             assert isinstance(body, dict)
-        except (json.JSONDecodeError, UnicodeDecodeError, AssertionError):
+        except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, RecursionError):
             raise UserError(f"{file} is damaged: it is not a JSON object; restore it or train again") from None
         body = {k: v for k, v in body.items() if k not in ("model_type", "format")}
         for part, cls in (("data", DataConfig), ("training", TrainingConfig)):
-            if isinstance(body.get(part), dict):
+            if part in body:
                 body[part] = with_fields(cls, body[part], f"{file}: {part}")
         config: RunConfig = with_fields(RunConfig, body, str(file))
         family(config.family)
-        return Run(path, config, Tokenizer.load(path))
+        tokenizer = Tokenizer.load(path)
+        if tokenizer.vocabulary != config.vocabulary or not 0 <= config.start < config.vocabulary:
+            raise UserError(f"{path}/tokenizer.json does not belong to this run: it has {tokenizer.vocabulary} tokens")
+        if "window" not in config.network:
+            raise UserError(f"{file} lacks network.window; restore it or train again")
+        return Run(path, config, tokenizer)
 
     def save_weights(self, network: torch.nn.Module) -> None:
         _save_tensors(self.path / "model.safetensors", {k: v.contiguous() for k, v in network.state_dict().items()})
@@ -229,27 +267,21 @@ class Run:
         _save_tensors(temporary / "state.safetensors", learner.tensors())
         write(temporary / "state.json", json.dumps({**learner.numbers(), **more}) + "\n")
         final = folder / f"step-{learner.step:09d}"
-        if final.exists():
-            shutil.rmtree(temporary)
-        else:
-            os.rename(temporary, final)
+        shutil.rmtree(final, ignore_errors=True)  # there only if it was damaged, and passed over when resuming
+        os.rename(temporary, final)
         for old in self.checkpoints()[:-KEEP]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def restore(self, learner: Learner) -> dict[str, float]:
-        """Load the newest checkpoint that can be read into ``learner``; returns its numbers.
-
-        Raises:
-            UserError: there is none.
-        """
+    def restore(self, learner: Learner) -> dict[str, float] | None:
+        """Load the newest checkpoint that can be read into ``learner``; returns its numbers, None if there is none."""
         for path in reversed(self.checkpoints()):
             try:
                 numbers = json.loads((path / "state.json").read_text(encoding="utf-8"))
                 learner.restore(_load_tensors(path / "state.safetensors"), numbers)
                 return dict(numbers)
-            except (UserError, OSError, json.JSONDecodeError, RuntimeError, KeyError):
+            except (UserError, OSError, ValueError, TypeError, KeyError, RuntimeError):
                 continue
-        raise UserError(f"{self.path} has no checkpoint to resume from; train it anew with another --out")
+        return None
 
     # -- metrics --------------------------------------------------------------------------------------------------
     def log(self, record: Mapping[str, Any]) -> None:
@@ -260,10 +292,14 @@ class Run:
     def forget_after(self, step: int) -> None:
         """Drop the metrics of steps that will be made again."""
         file = self.path / "metrics.jsonl"
-        if file.exists():
-            lines = file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= step]
-            write(file, "".join(line + "\n" for line in kept))
+        if not file.exists():
+            return
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError, AttributeError):  # the last line may be torn
+                if json.loads(line).get("step", 0) <= step:
+                    kept.append(line + "\n")
+        write(file, "".join(kept))
 
 
 def newest_run(root: Path = RUNS) -> Path:
@@ -272,7 +308,12 @@ def newest_run(root: Path = RUNS) -> Path:
     Raises:
         UserError: there is none.
     """
-    found = sorted(root.glob("*/config.json"), key=lambda p: p.stat().st_mtime)
+
+    def changed(config: Path) -> float:
+        files = (config, config.with_name("model.safetensors"), config.with_name("metrics.jsonl"))
+        return max(f.stat().st_mtime for f in files if f.exists())
+
+    found = sorted(root.glob("*/config.json"), key=changed)
     if not found:
         raise UserError(f"there is no run under {root}/; train one with `textdiffusion train`, or name a run directory")
     return found[-1].parent

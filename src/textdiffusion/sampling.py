@@ -19,8 +19,8 @@ class Frame:
     """What there is to see after a step.
 
     step: 0 is the initial noise; of: steps in all; t: noise level reached; tokens: int64 [B L], -1 where nothing is
-    written; confidence: float64 [B L], the probability that each token was drawn with (1 for given ones, 0 where
-    nothing is written); calls: network evaluations made for each row so far, int64 [B].
+    written; confidence: float64 [B L], the probability that the model gave each token when it was drawn (1 for
+    given ones, 0 where nothing is written); calls: network evaluations made for each row so far, int64 [B].
     """
 
     step: int
@@ -93,10 +93,13 @@ def sample(
     written = process.decode(state)
     confidence = (written >= 0).double()
     made = torch.zeros(rows, dtype=torch.long)
-    times = process.plan(free, calls) if free else [1.0, 0.0]
+    times = process.plan(free, calls, name) if free else [1.0, 0.0]
     yield Frame(0, len(times) - 1, 1.0, written.clone(), confidence.clone(), made.clone())
 
-    active = torch.arange(rows, device=written.device)
+    # Rows with nothing to write leave before the start.
+    active = (written < 0).any(-1).nonzero().squeeze(-1)
+    if len(active) < rows:
+        state = state.select(active)
     for k, time in enumerate(times[1:], 1):
         now = noise.select(active).at(k)
         s = torch.full((len(active),), time, dtype=torch.float64, device=written.device)

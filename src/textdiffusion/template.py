@@ -33,6 +33,8 @@ def _join(parts: Sequence[tuple[list[int], bool]]) -> Template:
 
 
 def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError("the text is not valid Unicode; type it again, or check the terminal's encoding")
     ids = tokenizer.encode(text)
     if tokenizer.unknown is not None and tokenizer.unknown in ids:
         raise UserError(

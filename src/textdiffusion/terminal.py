@@ -1,23 +1,17 @@
-"""What a person sees: training as it goes, and text appearing out of noise; plain lines when no terminal is there."""
+"""What a person sees of a training: a line that moves in a terminal, plain lines over a pipe."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.panel import Panel
 from rich.text import Text
 
 from textdiffusion.fit import Event, Started, Stepped, Stopped, Validated
-from textdiffusion.model import BLANK, TextFrame
+from textdiffusion.watching import one_line
 
-# Confidence by lightness first and hue second, so that it reads without colour vision: dark blue is unsure, pale
-# yellow sure (three stops of the cividis map).
-CONFIDENCE = ((0.25, "#5a6b9a"), (0.6, "#a5a07a"), (1.01, "#f5e56b"))
 PLAIN_EVERY = 10.0  # seconds between two progress lines over a pipe
-NEWLINE = "⏎"
 
 
 def clock(seconds: float) -> str:
@@ -79,7 +73,7 @@ class TrainingView:
 
     def _progress(self, event: Stepped) -> None:
         line = (
-            f"step {event.step:>7,} {event.progress:>4.0%}  learning {event.bits_per_char:.3f} bits/char  "
+            f"step {event.step:>7,} {event.progress:>4.0%}  objective {event.objective:.3f}  "
             f"{event.tokens_per_second:,.0f} tokens/s  {clock(event.left)} left"
         )
         now = time.monotonic()
@@ -88,61 +82,3 @@ class TrainingView:
         elif now - self.last >= PLAIN_EVERY:
             self.last = now
             self._say(line)
-
-
-def one_line(text: str) -> str:
-    """Line ends made visible, so that a sample is one line."""
-    return text.replace("\n", NEWLINE)
-
-
-def painted(frame: TextFrame, row: int) -> Text:
-    """A text in its present state: noise dim, given tokens underlined, written ones by confidence."""
-    text = Text()
-    for i, piece in enumerate(frame.pieces[row]):
-        if piece == BLANK:
-            text.append(BLANK, style="dim")
-            continue
-        confidence = float(frame.frame.confidence[row, i])
-        colour = next(colour for limit, colour in CONFIDENCE if confidence < limit)
-        style = "bold underline" if bool(frame.given[row, i]) else colour
-        text.append(piece.replace("\n", NEWLINE + "\n"), style=style)
-    return text
-
-
-def watch(frames: Iterable[TextFrame], console: Console | None = None, seconds: float = 4.0) -> list[str]:
-    """Show texts appear; returns them.
-
-    In a terminal or a notebook the panel is redrawn in place, slowed down to about ``seconds`` in all; over a pipe
-    about eight frames are printed as plain lines.
-    """
-    console = console or Console()
-    last: TextFrame | None = None
-    if console.is_terminal or console.is_jupyter:
-        with Live(console=console, auto_refresh=False) as live:
-            for frame in frames:
-                last = frame
-                live.update(_panel(frame), refresh=True)
-                time.sleep(seconds / max(frame.frame.of, 1))
-    else:
-        for frame in frames:
-            last = frame
-            step, of = frame.frame.step, frame.frame.of
-            if step == of or step % max(1, of // 8) == 0:
-                for text in frame.texts:
-                    print(f"{step:>4}/{of} t={frame.frame.t:.2f}  {one_line(text)}", flush=True)
-    return last.texts if last else []
-
-
-def _panel(frame: TextFrame) -> Panel:
-    now = frame.frame
-    title = f"step {now.step} of {now.of} · noise {now.t:.2f} · {int(now.calls.max())} network calls"
-    texts: list[Text] = []
-    for row in range(len(frame.pieces)):
-        texts += [painted(frame, row), Text("")]
-    legend = Text()
-    legend.append("░ noise  ", style="dim")
-    for name, (_, colour) in zip(("unsure  ", "likely  ", "sure  "), CONFIDENCE):
-        legend.append(name, style=colour)
-    if bool(frame.given.any()):
-        legend.append("given", style="bold underline")
-    return Panel(Group(*texts, legend), title=title, border_style="dim")

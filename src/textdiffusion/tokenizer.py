@@ -6,6 +6,7 @@ tokenizer is a standard ``tokenizer.json``.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -191,8 +192,12 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "textdiffusion_kind": self.kind,
         }
-        file.write_text(self.to_json(), encoding="utf-8")
-        file.with_name("tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        beside = file.with_name("tokenizer_config.json")
+        for place, body in ((beside, json.dumps(settings, indent=2) + "\n"), (file, self.to_json())):
+            # Renamed into place: never half written.
+            temporary = place.with_name(f".{place.name}.{os.getpid()}")
+            temporary.write_text(body, encoding="utf-8")
+            os.replace(temporary, place)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -207,10 +212,10 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
             beside = file.with_name("tokenizer_config.json")
             settings = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+            kind = settings.get("textdiffusion_kind") or _infer_kind(backend) or f"hf:{path}"
+            return cls(backend, kind, _end_token(backend, settings.get("eos_token")))
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{file} cannot be read as a tokenizer: {_first_line(error)}") from error
-        kind = settings.get("textdiffusion_kind") or _infer_kind(backend) or f"hf:{path}"
-        return cls(backend, kind, _end_token(backend, settings.get("eos_token")))
 
 
 def build(kind: str, documents: Iterable[str]) -> Tokenizer:
@@ -224,7 +229,7 @@ def build(kind: str, documents: Iterable[str]) -> Tokenizer:
         return _build_char(documents)
     if kind == "byte":
         return _byte_level_bpe("byte", _SYMBOLS, [])
-    if name == "bpe" and argument.isdecimal():
+    if name == "bpe" and argument.isdecimal() and len(argument) < 8:
         return _build_bpe(int(argument), documents)
     if name == "hf" and argument:
         return _find_hugging_face(argument)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import math
+import json
+import os
+import platform
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -15,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from textdiffusion.data import cache_folder
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import Process
@@ -51,8 +56,18 @@ class TrainingConfig:
             raise UserError(f"--steps must be at least 1, not {self.steps}")
         if self.minutes is not None and not self.minutes > 0:
             raise UserError(f"--minutes must be above 0, not {self.minutes:g}")
-        if self.batch < 1 or self.micro_batch < 1:
-            raise UserError("training.batch and training.micro_batch must be at least 1")
+        if self.minutes is not None and not self.minutes <= 1e6:
+            raise UserError(f"--minutes must be at most a million, not {self.minutes:g}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must be from 0 to 2^63 - 1, not {self.seed}")
+        for name, low, high in (
+            ("batch", 1, 1e9), ("micro_batch", 1, 1e9), ("evaluations", 1, 1e6), ("matrix_rate", 0, 10),
+            ("rate", 0, 10), ("weight_decay", 0, 1), ("momentum", 0, 0.9999), ("beta2", 0, 0.999999),
+            ("clip", 1e-9, 1e9), ("warmup", 0, 1), ("cooldown", 0, 1), ("average", 1e-6, 1),
+            ("checkpoint_seconds", 0, 1e9),
+        ):  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"training.{name} must be from {low:g} to {high:g}, not {getattr(self, name)}")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise UserError(f"training.precision must be auto, bf16 or fp32, not {self.precision!r}")
 
@@ -68,19 +83,37 @@ def tune_allocator() -> None:
     mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
-def fastest_precision(device: torch.device, width: int) -> Literal["bf16", "fp32"]:
-    """Measure, in a few milliseconds, whether this machine multiplies bfloat16 faster than float32."""
+def fastest_precision(device: torch.device) -> Literal["bf16", "fp32"]:
+    """Measure, in a few milliseconds, whether this machine multiplies bfloat16 clearly faster than float32.
+
+    The answer is remembered in the cache folder for this processor and torch, so that the same command chooses the
+    same precision however busy the machine is.
+    """
+    place = cache_folder() / "precision.json"
+    key = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {torch.__version__} {device}"
+    try:
+        known = json.loads(place.read_text(encoding="utf-8"))
+        if known[key] in ("bf16", "fp32"):
+            return cast(Literal["bf16", "fp32"], known[key])
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
     seconds = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        x, w = (torch.ones(n, width, device=device, dtype=dtype) for n in (1024, 4 * width))
+        x, w = (torch.ones(n, 256, device=device, dtype=dtype) for n in (1024, 1024))
         runs = []
-        for _ in range(7):
+        for _ in range(15):
             begin = time.perf_counter()
             F.linear(x, w).sum().item()
             runs.append(time.perf_counter() - begin)
-        seconds[name] = sorted(runs)[len(runs) // 2]
+        seconds[name] = min(runs)
     # A narrow win is not worth the lost digits.
-    return "bf16" if seconds["bf16"] * 1.2 < seconds["fp32"] else "fp32"
+    answer: Literal["bf16", "fp32"] = "bf16" if seconds["bf16"] * 1.5 < seconds["fp32"] else "fp32"
+    with contextlib.suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = place.with_name(f".{place.name}.{os.getpid()}")
+        temporary.write_text(json.dumps((known if isinstance(known, dict) else {}) | {key: answer}), encoding="utf-8")
+        os.replace(temporary, place)
+    return answer
 
 
 def learning_rate_factor(progress: float, config: TrainingConfig) -> float:
@@ -140,15 +173,18 @@ class Learner:
         for begin in range(0, total, self.config.micro_batch):
             part = slice(begin, begin + self.config.micro_batch)
             label = None if condition is None else condition[part]
-            loss = process.loss(x_0[part], noise.select(part), label).sum() / noise.total
+            # Dropout draws from torch's own generator: it is seeded by what the draws are for, and put back.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(zlib.crc32(f"{noise.seed} {noise.step} {noise.rows[begin]}".encode()))
+                loss = process.loss(x_0[part], noise.select(part), label).sum() / noise.total
             loss.backward()
             loss_sum += loss.detach().double().cpu()
-        if not math.isfinite(loss_sum.item()):
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
+        if not bool(torch.isfinite(loss_sum)) or not bool(torch.isfinite(norm)):
             raise UserError(
-                f"the loss is {loss_sum.item()} at step {self.step}; lower --set training.matrix_rate and "
-                "training.rate, or resume from the last checkpoint with --set training.precision=fp32"
+                f"the loss or its gradient is no longer a number at step {self.step}; start again with a lower "
+                "--set training.rate and training.matrix_rate, or with --set training.precision=fp32"
             )
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
         factor = learning_rate_factor(progress, self.config)
         for optimizer, rate in zip(self.optimizers, (self.config.rate, self.config.matrix_rate), strict=False):
             for group in optimizer.param_groups:

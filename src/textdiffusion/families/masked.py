@@ -120,27 +120,36 @@ class Masked(Process):
         """One draw of the bound: n uniform on 1..L, stratified over the rows. For T calls, of the "random" sampler."""
         length = x_0.shape[1]
         n = (noise.stratified("count") * length).long().clamp(max=length - 1) + 1
-        weights = torch.from_numpy(self.curve_weights(length, calls)).to(x_0.device)
-        diffusion = length * weights[n] * self.curve_point(x_0, n, noise)
+        weights, made = self.curve_weights(length, calls)
+        diffusion = length * torch.from_numpy(weights).to(x_0.device)[n] * self.curve_point(x_0, n, noise)
         zero = torch.zeros_like(diffusion)
-        return Nll(diffusion, zero, zero, "upper", next(iter(self.steps)), calls)
+        return Nll(diffusion, zero, zero, "upper", next(iter(self.steps)), made)
 
     def curve_point(self, x_0: Tensor, hidden: Tensor, noise: Noise) -> Tensor:
         return self._cross_entropy(x_0, hide_counts(x_0.shape[1], hidden, noise)).double() / hidden
 
-    def curve_weights(self, length: int, calls: int | None, sampler: str | None = None) -> np.ndarray:
+    def curve_weights(
+        self, length: int, calls: int | None, sampler: str | None = None
+    ) -> tuple[np.ndarray, int | None]:
+        sampler = sampler or next(iter(self.steps))
+        if sampler not in ("random", "ancestral"):
+            raise UserError(f"no bound is known for the sampler {sampler!r}; there is one for random and ancestral")
         if calls is None:
-            return np.concatenate(([0.0], np.ones(length)))
-        times = self.plan(length, calls)
+            return np.concatenate(([0.0], np.ones(length))), None
+        times = self.plan(length, calls, sampler)
         if sampler == "ancestral":
-            return ancestral_weights(length, self.schedule, times)
+            return ancestral_weights(length, self.schedule, times), len(times) - 1
         free = torch.full((len(times),), length)
         hidden = hidden_targets(free, torch.tensor(times, dtype=torch.float64), self.schedule)
-        return count_weights(length, (hidden[:-1] - hidden[1:]).tolist())
+        counts = [m for m in (hidden[:-1] - hidden[1:]).tolist() if m]
+        return count_weights(length, counts), len(counts)
 
     # -- reverse --------------------------------------------------------------------------------------------------
-    def plan(self, length: int, calls: int) -> Sequence[float]:
-        calls = max(1, min(calls, length))
+    def plan(self, length: int, calls: int, sampler: str) -> Sequence[float]:
+        """Uniform in t; but samplers of exact counts reveal one position a call where the calls suffice for that."""
+        if sampler != "ancestral" and calls >= length:
+            hidden = torch.arange(length, -1, -1, dtype=torch.float64) / length
+            return [float(t) for t in self.schedule.inverse(hidden)]
         return [1 - k / calls for k in range(calls)] + [0.0]
 
     def template(self, tokens: Tensor, given: Tensor, noise: Noise) -> State:

@@ -51,6 +51,15 @@ class TransformerConfig:
     classes: int = 0  # number of class labels; one more is kept for "no label"
 
     def __post_init__(self) -> None:
+        for name in ("inputs", "outputs", "window", "depth", "width", "heads", "block_length"):
+            if not 1 <= getattr(self, name) <= 10**7:
+                raise UserError(f"network.{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.dropout < 1 or not 0 < self.expansion <= 64 or self.classes < 0:
+            raise UserError(
+                "network.dropout must be in [0, 1), network.expansion in (0, 64], network.classes 0 or more"
+            )
+        if self.positions == "rotary" and self.width // self.heads % 2:
+            raise UserError("rotary positions need an even network.width / network.heads")
         if self.width % self.heads:
             raise UserError(f"network.width {self.width} is no multiple of network.heads {self.heads}; change one")
         if self.convolution < 0 or (

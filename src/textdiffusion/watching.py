@@ -1,0 +1,112 @@
+"""Frames that can be read, and shown: text appearing out of noise, in a terminal, a notebook or over a pipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.text import Text
+
+from textdiffusion.sampling import Frame
+from textdiffusion.tokenizer import Tokenizer
+
+BLANK = "░"  # a position where nothing is written yet
+NEWLINE = "⏎"
+# Confidence by lightness first and hue second, so that it reads without colour vision: dark blue is unsure, pale
+# yellow sure (three stops of the cividis map).
+CONFIDENCE = ((0.25, "#5a6b9a"), (0.6, "#a5a07a"), (1.01, "#f5e56b"))
+
+
+@dataclass(frozen=True)
+class TextFrame:
+    """A frame of the reverse process (sampling.Frame) that can be read; given: bool [B L], which tokens were fixed."""
+
+    frame: Frame
+    given: torch.Tensor
+    tokenizer: Tokenizer
+
+    @property
+    def pieces(self) -> list[list[str]]:
+        """For each text, the string of each token, BLANK where nothing is written."""
+        names = self.tokenizer.pieces()
+        return [[BLANK if t < 0 else names[t] for t in row] for row in self.frame.tokens.tolist()]
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts, with BLANK where nothing is written yet."""
+        return [self._text(row) for row in self.frame.tokens.tolist()]
+
+    def _text(self, row: list[int]) -> str:
+        """Decode runs of written tokens, so that characters of several bytes come out whole."""
+        out, run = [], list[int]()
+        for token in [*row, -1]:
+            if token >= 0:
+                run.append(token)
+                continue
+            out.append(self.tokenizer.decode(run) if run else "")
+            out.append(BLANK)
+            run = []
+        return "".join(out[:-1])
+
+
+def one_line(text: str) -> str:
+    """Line ends made visible, so that a sample is one line."""
+    return text.replace("\n", NEWLINE)
+
+
+def painted(frame: TextFrame, row: int) -> Text:
+    """A text in its present state: noise dim, given tokens underlined, written ones by confidence."""
+    text = Text()
+    for i, piece in enumerate(frame.pieces[row]):
+        if piece == BLANK:
+            text.append(BLANK, style="dim")
+            continue
+        confidence = float(frame.frame.confidence[row, i])
+        colour = next(colour for limit, colour in CONFIDENCE if confidence < limit)
+        style = "bold underline" if bool(frame.given[row, i]) else colour
+        text.append(piece.replace("\n", NEWLINE + "\n"), style=style)
+    return text
+
+
+def watch(frames: Iterable[TextFrame], console: Console | None = None, seconds: float = 4.0) -> list[str]:
+    """Show texts appear; returns them.
+
+    In a terminal or a notebook the panel is redrawn in place, slowed down to about ``seconds`` in all; over a pipe
+    about eight frames are printed as plain lines.
+    """
+    console = console or Console()
+    last: TextFrame | None = None
+    if console.is_terminal or console.is_jupyter:
+        with Live(console=console, auto_refresh=False) as live:
+            for frame in frames:
+                last = frame
+                live.update(_panel(frame), refresh=True)
+                time.sleep(seconds / max(frame.frame.of, 1))
+    else:
+        for frame in frames:
+            last = frame
+            step, of = frame.frame.step, frame.frame.of
+            if step == of or step % max(1, of // 8) == 0:
+                for text in frame.texts:
+                    print(f"{step:>4}/{of} t={frame.frame.t:.2f}  {one_line(text)}", flush=True)
+    return last.texts if last else []
+
+
+def _panel(frame: TextFrame) -> Panel:
+    now = frame.frame
+    title = f"step {now.step} of {now.of} · noise {now.t:.2f} · {int(now.calls.max())} network calls"
+    texts: list[Text] = []
+    for row in range(len(frame.pieces)):
+        texts += [painted(frame, row), Text("")]
+    legend = Text()
+    legend.append("░ noise  ", style="dim")
+    for name, (_, colour) in zip(("unsure  ", "likely  ", "sure  "), CONFIDENCE):
+        legend.append(name, style=colour)
+    if bool(frame.given.any()):
+        legend.append("given", style="bold underline")
+    return Panel(Group(*texts, legend), title=title, border_style="dim")
