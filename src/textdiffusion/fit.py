@@ -27,6 +27,7 @@ from textdiffusion.tokenizer import build as build_tokenizer
 from textdiffusion.training import Learner, fastest_precision, train, tune_allocator
 
 VALIDATION_TOKENS = 8192  # read at each validation
+VALIDATION_SHARE = 0.04  # of the training's time
 SHOWN_EVERY = 2  # validations between two printed samples
 
 
@@ -187,7 +188,7 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
     def save() -> None:
         run.save_checkpoint(learner, {"best": best, "best_step": best_step, "smooth": smooth})
 
-    finished = learner.progress >= 1
+    finished, spent = learner.progress >= 1, 0.0
     saved, begin, begin_step = time.monotonic(), time.perf_counter(), learner.step
     with _Signals() as signals:
         for now in train(process, windows.rows, learner, device):
@@ -199,9 +200,13 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
                 left = 60 * (config.training.minutes or 0.0) - now.seconds
             yield Stepped(now.step, now.progress, smooth, made * now.tokens / elapsed, now.seconds, max(left, 0.0))
             due = math.floor(now.progress * config.training.evaluations)
-            if validations < due < config.training.evaluations:
-                validations = due
-                yield validate(due % SHOWN_EVERY == 0)
+            # By the clock, validation may take its share of the time and no more; by steps, it must not depend on time.
+            afford = config.training.steps is not None or spent <= VALIDATION_SHARE * now.seconds
+            if validations < due < config.training.evaluations and afford:
+                validations, since = due, time.perf_counter()
+                event = validate(due % SHOWN_EVERY == 0)
+                spent += time.perf_counter() - since
+                yield event
             if signals.received is not None and now.progress < 1:
                 if math.isinf(best):
                     yield validate(False)
