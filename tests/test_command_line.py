@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from textdiffusion.cli import main
 
 SMALL = ["--steps", "30", "--set", "network.width=32", "--set", "network.depth=1", "--set", "network.heads=2",
          "--length", "24", "--set", "training.batch=8", "--device", "cpu"]  # fmt: skip
@@ -150,6 +153,32 @@ def test_a_pipe_gets_plain_lines(tmp_path):
         (["train", "--set", "network.width=100", "--set", "network.heads=3"], "network.heads"),
         (["train", "--set", "nonsense"], "--set"),
         (["train", "--depth", "0"], "--depth"),
+        (["train", "--length", "0"], "--length"),
+        (["train", "--minutes", "inf"], "--minutes"),
+        (["train", "--seed", "99999999999999999999"], "--seed"),
+        (["train", "--data", "x" * 300], "name"),
+        (["train", "--tokenizer", "bpe:99999999999999999999"], "bpe"),
+        (["train", "--set", "training.average=0"], "training.average"),
+        (["train", "--set", "training.steps=abc"], "training.steps"),
+        (["train", "--set", "training.rate=-1"], "training.rate"),
+        (["train", "--set", "network.positions=relative"], "learned or rotary"),
+        (["train", "--set", "network.depth=-1"], "network.depth"),
+        (["train", "--set", "network.attention=causal"], "decided by the masked family"),
+        (["train", "--set", "network.dropout=2"], "network.dropout"),
+        (["train", "--set", "process.weight=heavy"], "flat"),
+        (["train", "--out", "FULL"], "other files"),
+        (["train", "--out", "FILE"], "FILE"),
+        (["train", "--resume", "--steps", "7", "--out", "RUN"], "--steps"),
+        (["train", "--resume", "--dry-run"], "--dry-run"),
+        (["train", "--device", "mps"], "float64"),
+        (["sample", "RUN", "--length", "0"], "--length"),
+        (["sample", "AR", "--length", "100000000000000"], "--length"),
+        (["sample", "RUN", "--prompt", "\udcff"], "Unicode"),
+        (["sample", "NULLED"], "training"),
+        (["sample", "MIXED"], "tokenizer.json"),
+        (["eval", "RUN", "--sampler", "margin", "--calls", "2"], "no bound is known"),
+        (["eval", "RUN", "--split", "test"], "test part"),
+        (["eval", "RUN", "--data", "nowhere.txt"], "nowhere.txt"),
         (["train", "--out", "RUN"], "--resume"),
         (["train", "--resume", "--out", "nowhere"], "nowhere"),
         (["train", "--colour"], "--colour"),
@@ -179,14 +208,17 @@ def test_a_pipe_gets_plain_lines(tmp_path):
     ],
     ids=lambda v: " ".join(v)[:50] if isinstance(v, list) else None,
 )  # fmt: skip
-def test_bad_input_is_one_clear_line(arguments, says, runs, tmp_path):
-    import shutil
-
+def test_bad_input_is_one_clear_line(arguments, says, runs, tmp_path, monkeypatch, capsys):
+    """In this process, for speed; a few of them from outside stand below."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "three.txt").write_text("abc")
     places = {"RUN": runs / "masked", "AR": runs / "autoregressive"}
-    for broken in ("TRUNCATED", "NOCONFIG", "BROKEN", "UNKNOWN", "OTHER"):
+    (tmp_path / "FILE").write_text("a file where a folder should be")
+    (tmp_path / "FULL").mkdir()
+    (tmp_path / "FULL" / "README.md").write_text("somebody's own")
+    for broken in ("TRUNCATED", "NOCONFIG", "BROKEN", "UNKNOWN", "OTHER", "NULLED", "MIXED"):
         if broken in arguments:
             places[broken] = tmp_path / broken.lower()
             shutil.copytree(runs / "masked", places[broken])
@@ -197,14 +229,32 @@ def test_bad_input_is_one_clear_line(arguments, says, runs, tmp_path):
         (places["NOCONFIG"] / "config.json").unlink()
     if "BROKEN" in arguments:
         (places["BROKEN"] / "config.json").write_text('{"family": ')
+    if "NULLED" in arguments:
+        config = places["NULLED"] / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"training": None}))
+    if "MIXED" in arguments:
+        config = places["MIXED"] / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"vocabulary": 7, "start": 0}))
     if "UNKNOWN" in arguments:
         config = places["UNKNOWN"] / "config.json"
         config.write_text(config.read_text().replace('"masked"', '"magic"'))
     if "OTHER" in arguments:
         config = places["OTHER"] / "config.json"
         config.write_text(config.read_text().replace('"width": 32', '"width": 64'))
-    line = refused(*[places.get(a, a) for a in arguments], cwd=tmp_path)
-    assert says in line, line
+    try:
+        code = main([str(places.get(a, a)) for a in arguments])
+    except SystemExit as stop:  # argparse leaves so
+        code = stop.code
+    out, error = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert len(error.strip().splitlines()) == 1 and says in error, error
+
+
+def test_bad_input_from_outside(runs, tmp_path):
+    assert "nowhere.txt" in refused("train", "--data", "nowhere.txt", cwd=tmp_path)
+    assert "--temperature" in refused("sample", runs / "masked", "--temperature", "-1")
+    assert "--colour" in refused("train", "--colour")
+    assert "VERB" in refused()
 
 
 def weights_of(path: Path) -> dict:
@@ -229,7 +279,7 @@ def test_a_signal_saves_and_resuming_gives_the_same_run(how, tmp_path):
         stdout=subprocess.PIPE, text=True, bufsize=1,
     )  # fmt: skip
     for line in process.stdout:
-        if "held out" in line and int(line.split()[1].replace(",", "")) >= 24:
+        if line.startswith("step") and "held out" in line and int(line.split()[1].replace(",", "")) >= 24:
             break
     process.send_signal(how)
     out = process.communicate(timeout=60)[0]

@@ -210,7 +210,7 @@ def test_the_hub_without_its_package_or_network(monkeypatch) -> None:
         ("other.csv", b"body,title\na,b,c\n", "its fields are: body, title"),
         ("number.jsonl", b'{"text": 3}\n', "is a int, not text"),
         ("not.parquet", b"PAR1 but not really", "cannot be read"),
-        ("x.txt", b"x", "1 characters; give at least 100"),
+        ("x.txt", b"x", "has only 1 characters"),
     ],
 )
 def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, name: str, content: bytes, expected: str) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from textdiffusion.errors import UserError
-from textdiffusion.networks.transformer import Transformer, TransformerConfig, rotate
+from textdiffusion.networks.transformer import Convolution, Transformer, TransformerConfig, rotate
 
 VARIANTS = [
     {},
@@ -120,3 +120,26 @@ def test_refusals():
         TransformerConfig(inputs=2, outputs=2, convolution=4)
     with pytest.raises(UserError, match="at most 12 tokens"):
         make()(torch.zeros(1, 13, dtype=torch.long))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("taps", [1, 3, 5])
+def test_the_convolution_and_its_written_out_gradient(causal, taps):
+    convolution = Convolution(4, taps, causal).double()
+    with torch.no_grad():
+        convolution.weight.normal_()
+    x = torch.randn(2, 7, 4, dtype=torch.float64, requires_grad=True)
+    padded = torch.nn.functional.pad(x, (0, 0, convolution.left, convolution.right))
+    kernel = convolution.weight.T.unsqueeze(1)
+    plain = x + torch.nn.functional.conv1d(padded.transpose(1, 2), kernel, groups=4).transpose(1, 2)
+    assert torch.allclose(convolution(x), plain)
+    assert torch.autograd.gradcheck(convolution, (x,))
+    weight = convolution.weight.detach().clone().requires_grad_()
+    both = [
+        torch.autograd.grad(torch.func.functional_call(convolution, {"weight": weight}, x).sin().sum(), weight)[0],
+        torch.autograd.grad(
+            (x + torch.nn.functional.conv1d(padded.transpose(1, 2), weight.T.unsqueeze(1), groups=4).transpose(1, 2))
+            .sin().sum(), weight,
+        )[0],
+    ]  # fmt: skip
+    assert torch.allclose(*both)

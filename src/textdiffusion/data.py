@@ -23,6 +23,7 @@ from textdiffusion.tokenizer import Tokenizer
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 STANDARD_BYTES = 100_000_000  # the size of text8 and enwik8
+MINIMUM_CHARACTERS = 16  # less cannot be split and cut into windows at all
 MINIMUM_DOCUMENTS = 20  # with fewer, whole documents are too coarse a unit to hold out
 
 
@@ -71,6 +72,8 @@ def load_corpus(config: DataConfig) -> Corpus:
     documents = [text for text in documents if text and not text.isspace()]
     if not documents:
         raise UserError(f"{config.source} is empty: there is no text in it")
+    if (size := sum(map(len, documents))) < MINIMUM_CHARACTERS:
+        raise UserError(f"{config.source} has only {size} characters; give a text of thousands at least")
     path, test = Path(config.source).expanduser(), list[str]()
     standard = path.stem.lower() in ("text8", "enwik8") and path.is_file() and path.stat().st_size == STANDARD_BYTES
     has_documents = len(set(documents)) >= MINIMUM_DOCUMENTS

@@ -66,6 +66,7 @@ def configure(
         chosen = depth
     else:
         chosen = PRESETS[preset] if preset else depth_for(minutes)
+    size = shape(chosen)
     # Matrices are taught by Muon, whose steps are scaled to their shape; AdamW's rate falls with the width.
     training = TrainingConfig(steps=steps, minutes=minutes, seed=seed)
     training = replace(training, rate=round(training.rate * min(1.0, (4 / chosen) ** 0.5), 6))
@@ -73,7 +74,7 @@ def configure(
         family=family,
         tokenizer=tokenizer,
         data=DataConfig(source=data, text_field=text_field),
-        network=shape(chosen) | {"window": length},
+        network=size | {"window": length},
         training=training,
     )
     return override(config, settings or [])

@@ -99,7 +99,7 @@ def watch(frames: Iterable[TextFrame], console: Console | None = None, seconds: 
 
 def _panel(frame: TextFrame) -> Panel:
     now = frame.frame
-    title = f"step {now.step} of {now.of} · noise {now.t:.2f} · {int(now.calls.max())} network calls"
+    title = f"step {now.step}/{now.of} · noise {now.t:.2f} · {int(now.calls.max())} calls"
     texts: list[Text] = []
     for row in range(len(frame.pieces)):
         texts += [painted(frame, row), Text("")]

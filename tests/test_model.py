@@ -1,0 +1,301 @@
+"""The Python API, prompts and templates, and texts longer than the window."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+import textdiffusion as td
+from textdiffusion.fit import Started, Stepped, Stopped, Validated
+from textdiffusion.sampling import sample
+from textdiffusion.terminal import TrainingView, clock
+from textdiffusion.watching import BLANK, painted, watch
+
+SETTINGS = ["training.batch=8", "network.width=32", "network.heads=2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def masked(folder) -> td.Model:
+    return td.train(folder / "masked", depth=1, steps=20, length=24, settings=SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def pieces(folder) -> td.Model:
+    return td.train(folder / "pieces", depth=1, steps=5, length=16, tokenizer="bpe:300", settings=SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def autoregressive(folder) -> td.Model:
+    return td.train(folder / "ar", family="autoregressive", depth=2, steps=60, length=16, settings=SETTINGS)
+
+
+def test_saved_and_loaded_it_writes_the_same(masked, autoregressive, pieces, folder):
+    for model, name in ((masked, "masked"), (autoregressive, "ar"), (pieces, "pieces")):
+        again = td.load(folder / name)
+        assert again.sample(n=3, seed=5) == model.sample(n=3, seed=5)
+        x = torch.randint(0, 20, (2, 16))
+        assert torch.equal(again.process.network(x), model.process.network(x))
+
+
+def test_loading_leaves_the_callers_randomness_alone(folder, masked):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    td.load(folder / "masked")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_text_does_not_depend_on_how_many_are_written(masked):
+    many = masked.sample(n=40, seed=3, calls=6)  # more than are denoised together
+    assert many[:2] == masked.sample(n=2, seed=3, calls=6)
+    assert len(set(many)) > 30
+
+
+def test_infilling(masked, pieces):
+    for text in masked.infill("a = ____\n__ b", n=3):
+        assert text.startswith("a = ") and text[8] == "\n" and text.endswith(" b") and len(text) == 13
+    for text in pieces.infill("The ____ is", n=2):
+        assert text.startswith("The ") and text.endswith(" is")
+    with pytest.raises(td.UserError, match="there is no gap"):
+        masked.infill("nothing to do")
+    with pytest.raises(td.UserError, match="never seen"):
+        masked.infill("語 ____")
+    with pytest.raises(td.UserError, match="cannot write 25"):
+        masked.infill("_" * 25)
+
+
+def test_prompts(masked, autoregressive):
+    for model in (masked, autoregressive):
+        assert all(t.startswith("The ") and len(t) == 16 for t in model.sample(n=2, length=16, prompt="The "))
+        with pytest.raises(td.UserError, match="leaves none"):
+            model.sample(n=1, length=4, prompt="The ")
+    with pytest.raises(td.UserError, match="cannot fill gaps"):
+        autoregressive.infill("The ____ sat")
+    assert autoregressive.infill("The ____", n=1)[0].startswith("The ")  # a gap at the end is a prompt
+
+
+def test_the_cache_is_used_and_changes_no_text(autoregressive):
+    """A callable without a cache reads the whole prefix each time; the texts are the same up to rounding."""
+    from textdiffusion.noise import Noise
+
+    network, reads = autoregressive.process.network, []
+
+    class Watched:
+        config = network.config
+        empty_cache = staticmethod(network.empty_cache)
+
+        def __call__(self, x, **how):
+            reads.append(x.shape[1])
+            return network(x, **how)
+
+    def plain(x, positions=None, condition=None):
+        return network(x, positions=positions)
+
+    *_, cached = sample(autoregressive.process.over(Watched()), Noise.of(1, 5), 16, 16)
+    assert reads == [1] * 16
+    *_, uncached = sample(autoregressive.process.over(plain), Noise.of(1, 5), 16, 16)
+    assert torch.equal(cached.tokens, uncached.tokens)
+
+
+def test_texts_longer_than_the_window_forget_the_oldest_half(autoregressive):
+    from textdiffusion.noise import Noise
+
+    process = autoregressive.process
+    *_, last = sample(process, Noise.of(2, 3), 41, 41)
+    assert (last.tokens >= 0).all() and (last.calls == 41).all()
+    # Each token's confidence is the network's probability given what was kept: checked by reading the text anew.
+    tokens = last.tokens
+    start = 0
+    for i in range(41):
+        if i - start >= 16:
+            start = i - 8
+        window = tokens[:, start : i + 1]
+        inputs = torch.cat((torch.full((3, 1), process.start), window[:, :-1]), 1)
+        with torch.no_grad():
+            p = process.network(inputs)[:, -1].softmax(-1).gather(-1, tokens[:, i : i + 1]).squeeze(-1)
+        assert torch.allclose(p.double(), last.confidence[:, i], atol=1e-5)
+
+
+def test_rows_with_different_prompts(autoregressive, masked):
+    """Prompts of other lengths, and one row with nothing to write, share a batch and change nothing for the others."""
+    from textdiffusion.noise import Noise
+
+    for model in (autoregressive, masked):
+        tokens = torch.randint(0, 30, (4, 12))
+        given = torch.arange(12) < torch.tensor([[0], [3], [7], [12]])
+        for sampler in model.process.steps:
+            *_, together = sample(model.process, Noise.of(4, 4), 12, 12, sampler=sampler, tokens=tokens, given=given)
+            assert torch.equal(together.tokens[given], tokens[given])
+            most = torch.tensor([12, 9, 5, 0])
+            # Ancestral steps that reveal nothing in a row are not evaluated for it.
+            assert (together.calls <= most).all() if sampler == "ancestral" else torch.equal(together.calls, most)
+            for row in range(3):
+                noise = Noise.of(4, 4).select([row])
+                *_, alone = sample(
+                    model.process,
+                    noise,
+                    12,
+                    12,
+                    sampler=sampler,
+                    tokens=tokens[row : row + 1],
+                    given=given[row : row + 1],
+                )
+                if model is masked or row == 0:  # left to right, the draw at a position is keyed by the call
+                    assert alone.calls[0] == together.calls[row]
+                assert torch.equal(alone.tokens[0][given[row]], tokens[row][given[row]])
+
+
+def test_scores(masked, autoregressive):
+    text = "The value of the object is returned."
+    for model in (masked, autoregressive):
+        bits = model.score(text)
+        assert 1 < bits < 10
+        assert bits < model.score("qzj xkv wqp zzk qqx jjv kkz wxq vvj")
+    with pytest.raises(td.UserError, match="never seen"):
+        masked.score("語")
+    with pytest.raises(td.UserError, match="no text"):
+        masked.score("")
+
+
+def test_temperature_and_top_p(masked):
+    assert len(set(masked.sample(n=6, calls=24, temperature=0.0, sampler="confidence"))) == 1
+    assert len(set(masked.sample(n=6, calls=24))) == 6
+    assert masked.sample(n=2, temperature=1e-45) == masked.sample(n=2, temperature=0.0)
+    cold, warm = (
+        sum(f.frame.confidence.mean() for f in masked.stream(8, temperature=t) if f.frame.step == f.frame.of)
+        for t in (0.3, 1.0)
+    )
+    assert cold > warm
+    assert masked.sample(n=1, top_p=0.5)
+
+
+def test_frames_can_be_read(masked, pieces):
+    for model in (masked, pieces):
+        frames = list(model.stream(2, calls=4))
+        assert frames[0].texts[0] == BLANK * model.window and BLANK not in frames[-1].texts[0]
+        assert [f.frame.step for f in frames] == [0, 1, 2, 3, 4]
+        assert len(frames[2].pieces[0]) == model.window
+
+
+def test_watching_in_a_terminal_and_over_a_pipe(masked, capsys):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=40)
+    texts = watch(masked.stream(2, calls=3, infill="a ____ b"), console, seconds=0.01)
+    assert texts == masked.infill("a ____ b", n=2, calls=3)
+    assert "noise 0.33 · 2 calls" in out.getvalue()
+    assert masked.watch(1, calls=3) == masked.sample(1, calls=3)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and BLANK in lines[0] and BLANK not in lines[-1]
+    last = list(masked.stream(1, infill="a ____ b"))[-1]
+    styles = {str(span.style) for span in painted(last, 0).spans}
+    assert "bold underline" in styles and len(styles) >= 2
+
+
+def test_the_training_view_in_a_terminal():
+    from textdiffusion.evaluation import Figure
+
+    out = io.StringIO()
+    figure = Figure(2.5, 0.01, "upper", "random", None)
+    with TrainingView(Console(file=out, force_terminal=True, width=100)) as view:
+        view.show(Started("runs/x", "masked", 10**6, 50, 10**6, 10**5, "bf16", "char tokenizer", resumed_at=7))
+        view.show(Stepped(8, 0.5, 1.25, 1000.0, 3.0, 65.0))
+        view.show(Validated(8, figure, True, "a\nb", None))
+        view.show(Validated(9, figure, False, None, 8))
+        view.show(Stopped("runs/x", 9, 3.0, 2.5, signal=2))
+    text = out.getvalue()
+    for part in (
+        "1.00 M",
+        "step 7",
+        "objective 1.250",
+        "1:05 left",
+        "<= 2.500 +- 0.010",
+        "a⏎b",
+        "over-fitting",
+        "--resume",
+    ):
+        assert part in text, part
+    assert clock(3725) == "1:02:05"
+
+
+def test_over_fitting_is_seen_and_the_best_weights_kept(folder, tmp_path):
+    """A tiny text, learnt by heart: the held-out figure rises, which is said, and the run keeps its best weights."""
+    from textdiffusion.fit import fit
+    from textdiffusion.presets import configure
+
+    text = tmp_path / "small.txt"
+    once = "the quick brown fox jumps over the lazy dog while seven wizards vex a big jolly queen. "
+    text.write_text(once + "pack my box with five dozen liquor jugs, and how daft zebras jump at night! " * 2)
+    config = configure(
+        data=str(text), family="autoregressive", length=12, depth=2, steps=300,
+        settings=["training.batch=16", "network.width=64", "network.heads=2"],
+    )  # fmt: skip
+    events = [e for e in fit(config, tmp_path / "r") if isinstance(e, Validated)]
+    figures = [e.figure.bits_per_char for e in events]
+    best = min(figures)
+    assert figures[-1] > best
+    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert min(line["bits_per_char"] for line in lines) == best
+    assert [e.best for e in events].count(True) >= 1 and not events[-1].best
+
+
+def test_training_refuses_a_text_that_changed(tmp_path):
+    from textdiffusion.fit import fit
+    from textdiffusion.run import Run
+
+    text = tmp_path / "t.txt"
+    text.write_text("one two three four five six seven " * 200)
+    td.train(tmp_path / "r", data=str(text), depth=1, steps=2, length=16, settings=SETTINGS)
+    text.write_text("something else altogether, of the same author " * 200)
+    with pytest.raises(td.UserError, match="is not the one this run was trained on"):
+        list(fit(Run.open(tmp_path / "r").config, tmp_path / "r", resume=True))
+
+
+def test_devices():
+    from textdiffusion.model import pick_device
+
+    assert pick_device("auto") in ("cpu", "cuda")
+    with pytest.raises(td.UserError):
+        pick_device("mps")
+    if not torch.cuda.is_available():
+        with pytest.raises(td.UserError, match="no CUDA GPU"):
+            pick_device("cuda")
+
+
+def test_the_demo(tmp_path, monkeypatch, capsys):
+    """What `make demo` runs, with a second to learn in."""
+    from textdiffusion.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--minutes", "0.03"]) == 0
+    out = capsys.readouterr().out
+    assert "what this is, and is not" in out and "runs/demo" in out and "░" in out
+    assert (tmp_path / "runs" / "demo" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_wheel_installs_and_runs_the_demo_elsewhere(tmp_path):
+    """Built, installed without this checkout in a clean environment, and run from another folder."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    root = Path(__file__).parents[1]
+    run = lambda *a, **k: subprocess.run([*map(str, a)], check=True, capture_output=True, text=True, **k)  # noqa: E731
+    run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", root)
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    run(python, "-m", "pip", "install", "--quiet", "-c", root / "constraints.txt", wheel)
+    out = run(tmp_path / "venv" / "bin" / "textdiffusion", "demo", "--minutes", "0.1", cwd=tmp_path).stdout
+    assert "runs/demo" in out
+    where = run(python, "-c", "import textdiffusion; print(textdiffusion.__file__)", cwd=tmp_path).stdout
+    assert str(tmp_path) in where

@@ -1,0 +1,167 @@
+"""Optimisers, schedule, weight average, and resuming bit for bit."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from textdiffusion.errors import UserError
+from textdiffusion.families.masked import Masked, MaskedConfig
+from textdiffusion.networks.transformer import Transformer, TransformerConfig
+from textdiffusion.noise import Noise
+from textdiffusion.training import (
+    Learner,
+    TrainingConfig,
+    fastest_precision,
+    learning_rate_factor,
+    train,
+    tune_allocator,
+)
+
+
+def make(**network) -> tuple[Masked, Transformer]:
+    torch.manual_seed(0)
+    fields = {"inputs": 12, "outputs": 11, "window": 8, "depth": 1, "width": 16, "heads": 2} | network
+    net = Transformer(TransformerConfig(**fields))
+    return Masked(net, MaskedConfig(), 11), net
+
+
+def batch_of(rows: np.ndarray) -> np.ndarray:
+    return np.stack([np.random.default_rng(int(r)).integers(0, 11, 8) for r in rows])
+
+
+def test_the_rates_rise_stay_and_fall_to_zero():
+    config = TrainingConfig(steps=100, warmup=0.1, cooldown=0.4)
+    factors = [learning_rate_factor(p / 100, config) for p in range(101)]
+    assert factors[0] == 0 and factors[5] == pytest.approx(0.5)
+    assert all(f == 1 for f in factors[10:61]) and factors[80] == pytest.approx(0.5) and factors[100] == 0
+
+
+def test_the_average_spans_a_fixed_share_of_the_training():
+    """EDM2's power-function profile, against the weights written out."""
+    _, net = make()
+    learner = Learner(net, TrainingConfig(steps=200, average=0.1))
+    parameter = next(net.parameters())
+    values, n = [], 120
+    with torch.no_grad():
+        for step in range(1, n + 1):
+            parameter.fill_(math.sin(step))
+            values.append(math.sin(step))
+            learner.step = step
+            learner.average.update_parameters(net)
+    power = 1 / 0.1 - 1
+    weight = np.ones(n)
+    for step in range(2, n + 1):
+        decay = (1 - 1 / step) ** power
+        weight[: step - 1] *= decay
+        weight[step - 1] *= 1 - decay
+    assert weight.sum() == pytest.approx(1)
+    expected = float(weight @ np.array(values))
+    assert next(learner.average.module.parameters()).flatten()[0].item() == pytest.approx(expected, abs=1e-5)
+    steps = np.arange(1, n + 1)
+    assert 0.8 * n < float(weight @ steps) < 0.95 * n
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_resuming_gives_the_same_weights_bit_for_bit(dropout):
+    config = TrainingConfig(steps=30, batch=6, micro_batch=4)
+
+    def run(stop: int | None) -> dict[str, torch.Tensor]:
+        process, net = make(dropout=dropout)
+        learner = Learner(net, config)
+        for now in train(process, batch_of, learner):
+            if now.step == stop:
+                saved = ({k: v.clone() for k, v in learner.tensors().items()}, learner.numbers())
+                torch.manual_seed(12345)  # whatever state the next process starts in
+                process, net = make(dropout=dropout)
+                learner = Learner(net, config)
+                learner.restore(*saved)
+                for _ in train(process, batch_of, learner):
+                    pass
+                break
+        return learner.tensors()
+
+    whole = run(None)
+    for stop in (1, 13, 29):
+        part = run(stop)
+        assert whole.keys() == part.keys()
+        assert all(torch.equal(whole[k], part[k]) for k in whole)
+
+
+def test_micro_batches_add_up_to_the_batch():
+    results = []
+    for micro in (8, 3):
+        process, net = make()
+        learner = Learner(net, TrainingConfig(steps=5, batch=8, micro_batch=micro, warmup=0))
+        losses = [now.loss for now in train(process, batch_of, learner)]
+        results.append((losses, net.head.weight.detach().clone()))
+    assert np.allclose(results[0][0], results[1][0], atol=1e-5)
+    # Muon works in bfloat16, so weights agree to its digits only.
+    assert (results[0][1] - results[1][1]).abs().max() < 2e-2 * results[0][1].abs().max()
+
+
+def test_a_training_that_goes_astray_says_so():
+    process, net = make()
+    learner = Learner(net, TrainingConfig(steps=5, batch=4))
+    with torch.no_grad():
+        net.head.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="no longer a number at step 0"):
+        learner.learn(process, torch.from_numpy(batch_of(np.arange(4))), Noise.of(0, 4))
+
+
+def test_minutes_end_a_training():
+    process, net = make()
+    learner = Learner(net, TrainingConfig(minutes=0.01, batch=4))
+    seen = list(train(process, batch_of, learner))
+    assert seen[-1].seconds == pytest.approx(0.6, abs=0.5) and learner.progress == 1.0
+
+
+def test_the_precision_is_measured_once_and_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEXTDIFFUSION_CACHE", str(tmp_path))
+    first = fastest_precision(torch.device("cpu"))
+    assert first in ("bf16", "fp32")
+    file = tmp_path / "precision.json"
+    other = {"bf16": "fp32", "fp32": "bf16"}[first]
+    file.write_text(file.read_text().replace(first, other))
+    assert fastest_precision(torch.device("cpu")) == other
+    file.write_text("not json")
+    assert fastest_precision(torch.device("cpu")) in ("bf16", "fp32")
+
+
+def test_tuning_the_allocator_does_no_harm():
+    tune_allocator()
+    assert torch.zeros(1 << 20).sum() == 0
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"steps": 1, "minutes": 1.0}, {"steps": 0}, {"minutes": -1.0}, {"steps": 1, "precision": "half"}]
+)
+def test_refusals(fields):
+    with pytest.raises(UserError):
+        TrainingConfig(**fields)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.cpu_count() == 1, reason="one core")
+def test_bfloat16_learns_as_well_as_float32():
+    """300 steps, three seeds: the mean losses at the end agree within the spread of the seeds."""
+    from worlds import draw_chain, markov_world
+
+    start, transition = markov_world(10, 8, seed=3)
+    finals: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    for dtype, out in finals.items():
+        for seed in range(3):
+            process, net = make(width=64, depth=2)
+            net.compute_dtype = dtype
+            learner = Learner(net, TrainingConfig(steps=300, batch=64, seed=seed))
+            losses = []
+            for step in range(300):
+                x_0 = draw_chain(start, transition, 8, 64, seed=1000 * seed + step)
+                losses.append(learner.learn(process, x_0, Noise.of(seed, 64, step=step)))
+            out.append(float(np.mean(losses[-50:])))
+    spread = max(np.ptp(finals[torch.float32]), 0.02)
+    assert abs(np.mean(finals[torch.float32]) - np.mean(finals[torch.bfloat16])) < spread
