@@ -1,10 +1,12 @@
-"""What all families that hide tokens share: hiding, and the count form of their bounds.
+"""What all families that hide tokens share: hiding, carry-over, and the count form of their bounds.
+
+The hidden symbol, ``mask``, is the one after the V tokens.
 
 Let curve(n) be the mean cross-entropy, in nats, of a hidden token when n random positions of an L-token text are
 hidden. For a network that takes no time (the hidden positions say how noisy the text is) every bound of the family is
 a sum over that one curve:
 
-- continuous time:                 sum_{n=1..L} curve(n)                          (MDLM 2406.07524 eq. 11 with the time
+- continuous time:                 sum_{n=1..L} curve(n)                          (MDLM 2406.07524 with the time
                                                                                   integrated out; ARDM 2110.02037)
 - the ancestral sampler, T calls:  sum_n n * curve(n) * sum_k Bin(n; L, 1 - a_t) (a_s - a_t) / (1 - a_t)
 - a sampler that reveals m_k random positions in its k-th call, n_k being hidden before it:  sum_k m_k curve(n_k)
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from textdiffusion.noise import Noise
+from textdiffusion.process import State
 from textdiffusion.schedules import Schedule
 
 
@@ -29,6 +32,28 @@ def hide_counts(length: int, hidden: Tensor, noise: Noise, tag: str = "hide") ->
     """Choose exactly ``hidden`` [B] of ``length`` positions, uniformly at random: bool [B L]."""
     order = noise.uniform(tag, length).argsort(-1).argsort(-1)
     return order < hidden.unsqueeze(-1)
+
+
+def all_hidden(rows: int, length: int, mask: int, noise: Noise) -> State:
+    """The prior: nothing is written, at t = 1."""
+    x = torch.full((rows, length), mask, dtype=torch.long, device=noise.device)
+    return State(x, torch.ones(rows, dtype=torch.float64, device=noise.device))
+
+
+def hidden_but_given(tokens: Tensor, given: Tensor, mask: int, noise: Noise) -> State:
+    """The prior with the ``given`` positions (bool [B L]) of ``tokens`` fixed."""
+    prior = all_hidden(len(tokens), tokens.shape[1], mask, noise)
+    return State(torch.where(given, tokens, prior.x), prior.t, given)
+
+
+def carry_over(logits: Tensor, symbols: Tensor, mask: int) -> Tensor:
+    """log p(x_0 | x_t) from logits [..., V] at positions that hold ``symbols`` [...]: a shown token stays what it is.
+
+    Normalised in float32 at least: half precision is the network's business.
+    """
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    certain = torch.full_like(log_p, -torch.inf).scatter_(-1, symbols.clamp(max=mask - 1).unsqueeze(-1), 0.0)
+    return torch.where((symbols != mask).unsqueeze(-1), certain, log_p)
 
 
 def ancestral_weights(length: int, schedule: Schedule, times: Sequence[float]) -> np.ndarray:

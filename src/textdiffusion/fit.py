@@ -209,9 +209,11 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
                 yield event
             if signals.received is not None and now.progress < 1:
                 if math.isinf(best):
-                    yield validate(False)
+                    run.save_weights(
+                        averaged
+                    )  # something to sample from; no validation that a whole run would not make
                 save()
-                yield Stopped(path, now.step, now.seconds, best, signals.received)
+                yield Stopped(path, now.step, now.seconds, None if math.isinf(best) else best, signals.received)
                 return
             if time.monotonic() - saved >= config.training.checkpoint_seconds:
                 save()

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from textdiffusion.absorbing import all_hidden, carry_over, hidden_but_given
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import Discrete, Network, Nll, Prediction, Process, State
@@ -70,8 +71,7 @@ class Autoregressive(Process):
         return State(x_0.masked_fill(hidden, self.mask), t.double())
 
     def prior_sample(self, rows: int, length: int, noise: Noise) -> State:
-        x = torch.full((rows, length), self.mask, dtype=torch.long, device=noise.device)
-        return State(x, torch.ones(rows, dtype=torch.float64, device=noise.device))
+        return all_hidden(rows, length, self.mask, noise)
 
     # -- learning -------------------------------------------------------------------------------------------------
     def _inputs(self, x: Tensor) -> Tensor:
@@ -85,12 +85,8 @@ class Autoregressive(Process):
             logits, memory = self._read_on(state, positions, condition)
         else:
             logits, memory = self.network(self._inputs(state.x), condition=condition, positions=positions), None
-        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         symbols = state.x if positions is None else state.x[positions]
-        certain = torch.full_like(log_p, -torch.inf).scatter_(
-            -1, symbols.clamp(max=self.vocabulary - 1).unsqueeze(-1), 0.0
-        )
-        return Prediction(torch.where((symbols != self.mask).unsqueeze(-1), certain, log_p), memory=memory)
+        return Prediction(carry_over(logits, symbols, self.mask), memory=memory)
 
     def _read_on(self, state: State, positions: Tensor, condition: Tensor | None) -> tuple[Tensor, _Read | None]:
         """Outputs [B V] at one position a row, reading only what the cache has not read yet."""
@@ -144,8 +140,7 @@ class Autoregressive(Process):
             raise UserError(
                 "the autoregressive family writes on from a prompt and cannot infill; use --prompt, or a masked run"
             )
-        state = self.prior_sample(len(tokens), tokens.shape[1], noise)
-        return State(torch.where(given, tokens, state.x), state.t, given)
+        return hidden_but_given(tokens, given, self.mask, noise)
 
     def decode(self, state: State) -> Tensor:
         return state.x.masked_fill(state.x == self.mask, -1)

@@ -7,7 +7,7 @@ loss        Cross-entropy of the hidden tokens, n of L being hidden. With n unif
             one draw of the bound; by default n follows a bell and each hidden token counts the same, which learns
             faster (2602.15014, 2605.13026).
 bound       -log p(x) <= sum_{n=1..L} curve(n), curve(n) the expected cross-entropy of a hidden token when n random ones
-            are hidden: the schedule-invariant integral of MDLM eq. 11 with time integrated out. No prior term
+            are hidden: the schedule-invariant integral of MDLM with time integrated out. No prior term
             (alpha(1) = 0 exactly) and no reconstruction term (alpha(0) = 1).
 departs from the papers in: counts instead of Bernoulli masks in training, so that no row is without a hidden token and
             the 1/t weight, with its variance, never appears.
@@ -24,7 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from textdiffusion.absorbing import ancestral_weights, count_weights, hidden_targets, hide_counts
+from textdiffusion.absorbing import (
+    all_hidden,
+    ancestral_weights,
+    carry_over,
+    count_weights,
+    hidden_but_given,
+    hidden_targets,
+    hide_counts,
+)
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import Discrete, Network, Nll, Prediction, Process, State
@@ -74,21 +82,13 @@ class Masked(Process):
         return State(x_0.masked_fill(hidden, self.mask), t.double())
 
     def prior_sample(self, rows: int, length: int, noise: Noise) -> State:
-        x = torch.full((rows, length), self.mask, dtype=torch.long, device=noise.device)
-        return State(x, torch.ones(rows, dtype=torch.float64, device=noise.device))
+        return all_hidden(rows, length, self.mask, noise)
 
     # -- learning -------------------------------------------------------------------------------------------------
     def predict(self, state: State, positions: Tensor | None = None, condition: Tensor | None = None) -> Prediction:
-        x = state.x
-        logits = self.network(x, condition=condition, positions=positions)
-        # Half precision is the network's business; probabilities are normalised in float32 at least.
-        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        symbols = x if positions is None else x[positions]
-        shown = symbols != self.mask
-        certain = torch.full_like(log_p, -torch.inf).scatter_(
-            -1, symbols.clamp(max=self.vocabulary - 1).unsqueeze(-1), 0.0
-        )
-        return Prediction(torch.where(shown.unsqueeze(-1), certain, log_p))
+        logits = self.network(state.x, condition=condition, positions=positions)
+        symbols = state.x if positions is None else state.x[positions]
+        return Prediction(carry_over(logits, symbols, self.mask))
 
     def _cross_entropy(self, x_0: Tensor, hidden: Tensor, condition: Tensor | None = None) -> Tensor:
         """Sum over hidden positions (bool [B L]) of -log p(x_0 | the rest), [B]; the head runs on those alone."""
@@ -153,8 +153,7 @@ class Masked(Process):
         return [1 - k / calls for k in range(calls)] + [0.0]
 
     def template(self, tokens: Tensor, given: Tensor, noise: Noise) -> State:
-        state = self.prior_sample(len(tokens), tokens.shape[1], noise)
-        return State(torch.where(given, tokens, state.x), state.t, given)
+        return hidden_but_given(tokens, given, self.mask, noise)
 
     def decode(self, state: State) -> Tensor:
         return state.x.masked_fill(state.x == self.mask, -1)

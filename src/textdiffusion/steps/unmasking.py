@@ -34,7 +34,7 @@ def top_positions(score: Tensor, count: Tensor) -> Tensor:
 
 
 class Ancestral(Step):
-    """Each hidden position is revealed on its own with probability (a_s - a_t) / (1 - a_t) (MDLM, 2406.07524 eq. 7)."""
+    """Each hidden position is revealed on its own with probability (a_s - a_t) / (1 - a_t) (MDLM, 2406.07524)."""
 
     note = "each hidden position is revealed independently, as the reverse process says; has a T-call bound"
 
