@@ -122,3 +122,30 @@ def test_statistics_of_samples():
     assert s.entropy == pytest.approx(-(p * np.log2(p)).sum())
     whole, other = len(samples[0]) - 7, len(samples[1]) - 7
     assert s.copied == pytest.approx(whole / (whole + other))
+
+
+def test_unknown_symbols_are_charged_so_that_the_figure_stays_a_likelihood():
+    """Over all texts of one symbol the model's probabilities times the spelling price add up to one."""
+    from textdiffusion.tokenizer import build
+
+    tokenizer = build("char", ["abcab"])
+
+    def model(x, positions=None, **_):
+        out = (
+            torch.randn(1, 1, tokenizer.vocabulary, generator=torch.Generator().manual_seed(0))
+            .double()
+            .expand(*x.shape, -1)
+        )
+        return out if positions is None else out[positions]
+
+    process = Masked(model, MaskedConfig(), tokenizer.vocabulary)
+
+    def nats(symbol: str) -> float:
+        windows = [np.array(tokenizer.encode(symbol))] * 2
+        figure = evaluate(process, windows, tokenizer.characters, tokenizer.spelling).figure
+        return figure.bits_per_char / BITS
+
+    others = 0x110000 - 0x800 - 3
+    total = sum(math.exp(-nats(c)) for c in "abc") + others * math.exp(-nats("語"))
+    end = float(model(torch.zeros(1, 1)).softmax(-1)[0, 0, tokenizer.end_of_text])
+    assert total + end == pytest.approx(1)

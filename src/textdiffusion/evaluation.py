@@ -74,6 +74,7 @@ def evaluate(
     process: Process,
     windows: Sequence[np.ndarray],
     characters: np.ndarray,
+    spelling: np.ndarray | None = None,
     *,
     calls: Sequence[int] = (),
     sampler: str | None = None,
@@ -88,6 +89,8 @@ def evaluate(
         process: any family.
         windows: token arrays; most of one length L, tails shorter.
         characters: characters a token, int [V].
+        spelling: nats, float [V], that a token costs beyond the model's: what it takes to say which unseen symbol an
+            unknown token stands for (``Tokenizer.spelling``).
         calls: budgets for which the figure of the sampler of exactly that many calls is wanted too. A family whose
             likelihood is exact has one figure only.
         sampler: whose T-call bound; None takes the family's first.
@@ -118,6 +121,10 @@ def evaluate(
             totals[j] += part.nats
             spread[j, chosen] = part.spread
         kinds = [(part.kind, part.sampler, part.calls) for part in sums]  # of the longest windows in the end
+    if spelling is not None:
+        unsaid = np.array([spelling[w].sum() for w in windows])
+        totals += unsaid.sum()
+        spread += unsaid - unsaid.mean() * sizes / sizes.mean()
     figures = []
     for j, kind in enumerate(kinds):
         error = None

@@ -174,7 +174,7 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
     def validate(with_sample: bool) -> Validated:
         nonlocal best, best_step
         view = process.over(averaged.eval())
-        figure = evaluate(view, held_out, tokenizer.characters, device=device).figure
+        figure = evaluate(view, held_out, tokenizer.characters, tokenizer.spelling, device=device).figure
         better = figure.bits_per_char < best
         if better:
             best, best_step = figure.bits_per_char, learner.step

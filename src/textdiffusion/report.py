@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from textdiffusion.data import DataConfig, evaluation_windows, tokenize, whole_text, word_set
+from textdiffusion.data import Corpus, DataConfig, evaluation_windows, tokenize, whole_text, word_set
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import Report, TextStatistics, evaluate, text_statistics
 from textdiffusion.fit import prepare
 from textdiffusion.model import Model
+from textdiffusion.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,13 @@ class RunReport:
         ]
         for figure in like.by_calls:
             out.append(f"  at {figure.calls:>4} calls  {figure}   (sampler: {figure.sampler})")
-        if self.unseen:
+        if head.kind == "none":
+            out.append("  no likelihood: this tokenizer does not keep all of the text")
+        elif self.unseen:
+            out.append(f"  {self.unseen:,} symbols that training never saw are charged 20 bits each, to be spelled out")
+        if self.pieces and head.kind == "exact":
             out.append(
-                f"  {self.unseen:,} held-out symbols are unknown to the tokenizer; they are scored as one symbol"
+                "  exact for the tokens; for the text, which can be cut into tokens in other ways, an upper bound"
             )
         s = self.samples
         if s is not None:
@@ -93,12 +98,12 @@ def report(
     held_out = tokenize(corpus, model.tokenizer)[split]
     windows = evaluation_windows(held_out, model.window, limit=tokens)
     likelihood = evaluate(
-        model.process, windows, model.tokenizer.characters, calls=calls, sampler=sampler, draws=draws, seed=seed,
-        device=model.device,
+        model.process, windows, model.tokenizer.characters, model.tokenizer.spelling, calls=calls, sampler=sampler,
+        draws=draws, seed=seed, device=model.device,
     )  # fmt: skip
     unknown = model.tokenizer.unknown
     unseen = 0 if unknown is None else int(sum((w == unknown).sum() for w in windows))
-    if unseen:
+    if lossy(model.tokenizer, corpus):
         likelihood = without_kind(likelihood)
     statistics, made = None, 0
     if samples and own is not None:
@@ -107,6 +112,13 @@ def report(
         statistics = text_statistics(texts, word_set(own), own.train)
     pieces = model.tokenizer.kind not in ("char", "byte")
     return RunReport(model.config.family, name, likelihood, unseen, pieces, statistics, made)
+
+
+def lossy(tokenizer: Tokenizer, corpus: Corpus) -> bool:
+    """Whether a Hugging Face tokenizer changes text (case, spaces, unknown words), as ours do not."""
+    if not tokenizer.kind.startswith("hf:"):
+        return False
+    return any(tokenizer.decode(tokenizer.encode(text[:20_000])) != text[:20_000] for text in corpus.validation[:50])
 
 
 def without_kind(report: Report) -> Report:

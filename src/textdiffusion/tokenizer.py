@@ -161,6 +161,18 @@ class Tokenizer:
         counts[self.end_of_text] = 1
         return counts
 
+    @property
+    def spelling(self) -> np.ndarray:
+        """Nats that it takes to spell out what an id leaves unsaid, float64 [V]; 0 for all but the unknown token.
+
+        An unseen symbol is any of the rest of Unicode, each as likely as another; with this price a likelihood of the
+        tokens is one of the text.
+        """
+        nats = np.zeros(self.vocabulary)
+        if self.unknown is not None:
+            nats[self.unknown] = np.log(0x110000 - 0x800 - (self.vocabulary - 2))  # no surrogates, no known symbols
+        return nats
+
     def pieces(self) -> list[str]:
         """A string to show for every id, [V]; bytes that are not a whole character look like \\xe2."""
         shown = [piece.decode("utf-8", "backslashreplace") for piece in self._token_bytes]
