@@ -18,6 +18,6 @@ console = Console(record=True, width=100, file=StringIO(), force_terminal=True, 
 for frame in frames:
     if frame.frame.step % 3 == 0 or frame.frame.step == frame.frame.of:
         now = frame.frame
-        line = painted(frame, 0)
+        line = painted(frame, 0, breaks=False)
         console.print(Text(f"noise {now.t:4.2f}  call {int(now.calls[0]):>2}  ", style="dim") + line, no_wrap=True)
 console.save_svg(sys.argv[2], title="textdiffusion sample --watch --calls 16")

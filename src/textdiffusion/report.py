@@ -46,7 +46,7 @@ class RunReport:
             out.append(f"  {self.unseen:,} symbols that training never saw are charged 20 bits each, to be spelled out")
         if self.pieces and head.kind == "exact":
             out.append(
-                "  exact for the tokens; for the text, which can be cut into tokens in other ways, an upper bound"
+                "  exact for these tokens; for the text, which can be cut in other ways, an upper bound"
             )
         s = self.samples
         if s is not None:

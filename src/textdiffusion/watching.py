@@ -19,7 +19,7 @@ BLANK = "░"  # a position where nothing is written yet
 NEWLINE = "⏎"
 # Confidence by lightness first and hue second, so that it reads without colour vision: dark blue is unsure, pale
 # yellow sure (three stops of the cividis map).
-CONFIDENCE = ((0.25, "#5a6b9a"), (0.6, "#a5a07a"), (1.01, "#f5e56b"))
+CONFIDENCE = ((0.25, "#8c9fdc"), (0.6, "#b9b48c"), (1.01, "#f5e56b"))
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,11 @@ def one_line(text: str) -> str:
     return text.replace("\n", NEWLINE)
 
 
-def painted(frame: TextFrame, row: int) -> Text:
-    """A text in its present state: noise dim, given tokens underlined, written ones by confidence."""
+def painted(frame: TextFrame, row: int, breaks: bool = True) -> Text:
+    """A text in its present state: noise dim, given tokens underlined, written ones by confidence.
+
+    Line ends are shown by a symbol, and broken at if ``breaks``.
+    """
     text = Text()
     for i, piece in enumerate(frame.pieces[row]):
         if piece == BLANK:
@@ -69,7 +72,7 @@ def painted(frame: TextFrame, row: int) -> Text:
         confidence = float(frame.frame.confidence[row, i])
         colour = next(colour for limit, colour in CONFIDENCE if confidence < limit)
         style = "bold underline" if bool(frame.given[row, i]) else colour
-        text.append(piece.replace("\n", NEWLINE + "\n"), style=style)
+        text.append(piece.replace("\n", NEWLINE + "\n" * breaks), style=style)
     return text
 
 
