@@ -191,10 +191,9 @@ def test_no_config_field_is_dead(name):
     for f in dataclasses.fields(cls.Config):
         assert f.name in other or f.type == "bool", f"give a second value of {f.name} in this test"
         value = other.get(f.name, not f.default)
-        results = []
+        results, network = [], shaken(name).network
         for fields in ({}, {f.name: value}):
-            process = shaken(name).over(shaken(name).network)
-            process = cls(process.network, cls.Config(**fields), V, start=V - 1)
+            process = cls(network, cls.Config(**fields), V, start=V - 1)
             *_, last = sample(process, Noise.of(1, 4), L, 3)
             results.append((process.loss(texts(), Noise.of(0, B)), last.tokens))
         assert not all(torch.equal(a, b) for a, b in zip(*results, strict=True)), f"{name}: {f.name} does nothing"

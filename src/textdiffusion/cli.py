@@ -115,7 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a symbol shows a question mark
     try:
         chosen = _parser().parse_args(arguments)
-        return int(chosen.act(chosen))
+        chosen.given = [a for a in (sys.argv[1:] if arguments is None else arguments) if a.startswith("--")]
+        code = int(chosen.act(chosen))
+        sys.stdout.flush()  # here, where a reader that has gone can be dealt with
+        return code
     except UserError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
@@ -224,11 +227,9 @@ def _resume(args: argparse.Namespace) -> int:
     from textdiffusion.run import Run, newest_run
 
     # A resumed run is what its config.json says: a flag that would change it is refused, not ignored.
-    fresh = _parser().parse_args(["train"])
-    kept = ("resume", "out", "device", "json", "act", "verb")
-    if other := [k for k, v in vars(args).items() if k not in kept and v != getattr(fresh, k)]:
-        flag = other[0].replace("settings", "set").replace("_", "-")
-        raise UserError(f"--resume goes on with a run as it was begun; leave out --{flag}, or start a new run")
+    kept = ("--resume", "--out", "--device", "--json")
+    if other := [flag for flag in args.given if not flag.startswith(kept)]:
+        raise UserError(f"--resume goes on with a run as it was begun; leave out {other[0]}, or start a new run")
     path = args.out or newest_run()
     config = Run.open(path).config
     return _report(args, _follow(config, path, True, pick_device(args.device), _console(args.json), args.json))

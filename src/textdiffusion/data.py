@@ -101,6 +101,8 @@ def fingerprint(corpus: Corpus) -> str:
 def whole_text(config: DataConfig) -> Corpus:
     """The text that `config` names, none of it for training: all of it is held out. Raises as `load_corpus` does."""
     documents, provenance = _read_source(config.source, config.text_field)
+    if config.normalise_whitespace:
+        documents = [re.sub(r"\s+", " ", text) for text in documents]
     if not any(documents):
         raise UserError(f"{config.source} is empty: there is no text in it")
     return Corpus(config.source, [], documents, has_documents=len(documents) > 1, provenance=provenance)

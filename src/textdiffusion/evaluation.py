@@ -22,6 +22,7 @@ from textdiffusion.noise import Noise
 from textdiffusion.process import HasCurve, Kind, Process
 
 BITS = 1 / math.log(2)
+MOST_COPIES = 8  # of a window, made of one's own accord to measure the whole curve
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,11 @@ def evaluate(
         x = torch.from_numpy(np.stack([windows[i] for i in chosen]).astype(np.int64)).to(device)
         if isinstance(process, HasCurve):
             copies = draws
-            if length == longest:
-                # At least two examples at every point of the curve, so that its error is known too.
-                copies = min(length, max(draws, -(-2 * length // len(chosen))))
+            if length == longest and len(chosen) > 1:
+                # At least two examples at every point of the curve, if that does not cost too much: with fewer the
+                # figures are as unbiased, but there is no curve, and they are less sharp.
+                needed = -(-2 * length // len(chosen))
+                copies = max(draws, needed if needed <= max(draws, MOST_COPIES) else draws)
             curve, sums = _by_curve(process, x, sizes[chosen], budgets, sampler, copies, seed, batch)
         else:
             sums = _by_draws(process, x, sizes[chosen], budgets, draws, seed, batch)
@@ -170,15 +173,20 @@ def _by_curve(
 ) -> tuple[list[float], list[_Sums]]:
     """Curve in nats by number shown (empty if too few examples for all its points), and the sums of every budget.
 
-    Copy c of all windows fills the c-th of ``copies`` ranges of the number hidden, in a random order of its own, so
-    each window is equally likely at each number: the mean at a number is unbiased, and so is any weighted sum.
+    Copy c of all windows fills the c-th of ``copies`` ranges of the number hidden, in a random order of its own. With
+    at least two examples a number each window is equally likely at each number; with fewer, an example stands at a
+    random place of its stratum. Either way any weighted sum is unbiased.
     """
     windows, length = x.shape
     examples = windows * copies
-    order = Noise.of(seed, copies, device="cpu").uniform("order", windows).argsort(-1).argsort(-1).numpy()
+    keyed = Noise.of(seed, copies)
+    order = keyed.uniform("order", windows).argsort(-1).argsort(-1).numpy()
     window = np.tile(np.arange(windows), copies)
-    place = (np.arange(copies)[:, None] * windows + order).ravel()
-    n = 1 + place * length // examples
+    place = (np.arange(copies)[:, None] * windows + order).ravel().astype(float)
+    whole = examples >= 2 * length
+    if not whole:
+        place += keyed.uniform("place", windows).numpy().ravel()
+    n = 1 + np.minimum((place * length / examples + 1e-9).astype(np.int64), length - 1)
     hidden = torch.from_numpy(n).to(x.device)
     values = np.zeros(examples)
     for begin in range(0, examples, batch):
@@ -186,8 +194,8 @@ def _by_curve(
         noise = Noise(seed, part, examples, 1, x.device)
         values[part] = process.curve_point(x[window[part]], hidden[part], noise).double().cpu().numpy()
     count = np.bincount(n, minlength=length + 1).astype(float)
-    share = (sizes / sizes.mean())[window]  # a window of more characters is expected to hold more nats
-    whole = bool((count[1:] > 0).all())
+    # A window of more characters is expected to hold more nats.
+    share = (sizes / max(sizes.mean(), 1e-9))[window]
     if whole:
         mean = np.bincount(n, weights=values, minlength=length + 1) / np.maximum(count, 1)
         # m / (m - 1): the spread is about the point's own mean.

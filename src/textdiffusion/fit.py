@@ -215,12 +215,13 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
                 save()
                 yield Stopped(path, now.step, now.seconds, None if math.isinf(best) else best, signals.received)
                 return
-            if time.monotonic() - saved >= config.training.checkpoint_seconds:
+            # Not at the end: what a finished run keeps includes its last validation.
+            if time.monotonic() - saved >= config.training.checkpoint_seconds and now.progress < 1:
                 save()
                 saved = time.monotonic()
-    if not finished or math.isinf(best):
-        yield validate(True)
-        save()
+        if not finished or math.isinf(best):
+            yield validate(True)
+            save()
     card.write_card(run, best, learner.step, learner.seconds, corpus)
     yield Stopped(path, learner.step, learner.seconds, best)
 

@@ -145,7 +145,7 @@ class Model:
         """Show the denoising live, in a terminal or a notebook, or as plain lines over a pipe; returns the texts."""
         return watch(self.stream(n, length, calls, **how))
 
-    def score(self, text: str, draws: int = 8, seed: int = 0) -> float:
+    def score(self, text: str, draws: int = 64, seed: int = 0) -> float:
         """Bits per character of a text: exact or an upper bound in expectation, as the family's likelihood is.
 
         The text is cut into windows as in evaluation.
@@ -205,8 +205,16 @@ def train(out: str | Path | None = None, device: str = "auto", resume: bool = Fa
     Raises:
         UserError: unusable data or settings.
     """
-    config = configure(**flags)
-    path = Path(out) if out is not None else new_run_path(config.family, config.data.source)
+    if resume:
+        if flags:
+            raise UserError(
+                f"resume goes on with a run as it was begun; leave out {next(iter(flags))}, or start a new run"
+            )
+        path = Path(out) if out is not None else newest_run()
+        config = Run.open(path).config
+    else:
+        config = configure(**flags)
+        path = Path(out) if out is not None else new_run_path(config.family, config.data.source)
     for event in fit(config, path, resume=resume, device=pick_device(device)):
         if isinstance(event, Stopped) and event.signal is not None:
             raise KeyboardInterrupt(f"stopped and saved in {path}")

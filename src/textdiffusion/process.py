@@ -14,17 +14,17 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from textdiffusion.categorical import reshape_law
 from textdiffusion.noise import Noise
 
 Network = Callable[..., Tensor]
+Reshape = Callable[[Tensor], Tensor]  # of log-probabilities [N V], by temperature and top-p
 Kind = Literal["exact", "upper", "none"]
 
 
@@ -80,12 +80,6 @@ class Prediction:
     native: Any = None
     memory: Any = None
 
-    def reshaped(self, temperature: float = 1.0, top_p: float | None = None, top_k: int | None = None) -> Prediction:
-        """The same with a sharper or cut law."""
-        if temperature == 1.0 and top_p is None and top_k is None:
-            return self
-        return replace(self, log_p=reshape_law(self.log_p, temperature=temperature, top_p=top_p, top_k=top_k))
-
 
 @dataclass(frozen=True)
 class Nll:
@@ -118,8 +112,14 @@ class Step(ABC):
         """Positions whose prediction this step needs, bool [B L]. Rows with none are not evaluated at all."""
 
     @abstractmethod
-    def move(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise) -> State:
-        """The state at times s [B]; ``prediction.log_p`` is [N V] for the asked positions."""
+    def move(
+        self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise, reshape: Reshape
+    ) -> State:
+        """The state at times s [B]; ``prediction.log_p`` is [N V] for the asked positions.
+
+        Tokens are drawn from ``reshape(log_p)``; positions are chosen by log_p itself, which temperature 0 or a small
+        top-p would leave without an order.
+        """
 
 
 class Process(ABC):

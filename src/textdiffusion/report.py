@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from textdiffusion.data import Corpus, DataConfig, evaluation_windows, tokenize, whole_text, word_set
+from textdiffusion.data import Corpus, evaluation_windows, tokenize, whole_text, word_set
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import Report, TextStatistics, evaluate, text_statistics
 from textdiffusion.fit import prepare
@@ -45,9 +45,7 @@ class RunReport:
         elif self.unseen:
             out.append(f"  {self.unseen:,} symbols that training never saw are charged 20 bits each, to be spelled out")
         if self.pieces and head.kind == "exact":
-            out.append(
-                "  exact for these tokens; for the text, which can be cut in other ways, an upper bound"
-            )
+            out.append("  exact for these tokens; for the text, which can be cut in other ways, an upper bound")
         s = self.samples
         if s is not None:
             out += [
@@ -84,11 +82,9 @@ def report(
     Raises:
         UserError: unusable text, or not the text that the run was trained on.
     """
-    own = None
-    if data is None or samples:
-        own, _, _ = prepare(model.config, model.tokenizer)
+    own, _, _ = prepare(model.config, model.tokenizer) if data is None or samples else (None, None, None)
     if data is not None:
-        corpus = whole_text(DataConfig(source=data, text_field=model.config.data.text_field))
+        corpus = whole_text(replace(model.config.data, source=data))
         split, name = "validation", corpus.name
     else:
         assert own is not None

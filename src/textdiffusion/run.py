@@ -120,7 +120,11 @@ def override(config: RunConfig, settings: list[str]) -> RunConfig:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"--set {path}: cannot read the value {text!r}") from None
-        if isinstance(value, str):
+        kinds = {"network": TransformerConfig, "process": family(config.family).Config}
+        kinds |= {"data": DataConfig, "training": TrainingConfig}
+        if get_type_hints(kinds[part]).get(key) is str:
+            value = text  # a field name such as "no" is not YAML's false
+        if isinstance(value, str) and get_type_hints(kinds[part]).get(key) is not str:
             # YAML 1.1 takes 3e-3 for a string.
             with contextlib.suppress(ValueError):
                 value = float(value)
@@ -226,8 +230,8 @@ class Run:
         tokenizer = Tokenizer.load(path)
         if tokenizer.vocabulary != config.vocabulary or not 0 <= config.start < config.vocabulary:
             raise UserError(f"{path}/tokenizer.json does not belong to this run: it has {tokenizer.vocabulary} tokens")
-        if "window" not in config.network:
-            raise UserError(f"{file} lacks network.window; restore it or train again")
+        if not isinstance(config.network.get("window"), int):
+            raise UserError(f"{file} lacks network.window, a whole number; restore it or train again")
         return Run(path, config, tokenizer)
 
     def save_weights(self, network: torch.nn.Module) -> None:
@@ -262,6 +266,8 @@ class Run:
         folder.mkdir(exist_ok=True)
         for left in folder.glob(".writing-*"):
             shutil.rmtree(left, ignore_errors=True)
+        for file in self.path.glob(".*.[0-9]*"):  # left by a process killed while it wrote
+            file.unlink(missing_ok=True)
         temporary = folder / f".writing-{os.getpid()}"
         temporary.mkdir()
         _save_tensors(temporary / "state.safetensors", learner.tensors())
@@ -273,14 +279,27 @@ class Run:
             shutil.rmtree(old, ignore_errors=True)
 
     def restore(self, learner: Learner) -> dict[str, float] | None:
-        """Load the newest checkpoint that can be read into ``learner``; returns its numbers, None if there is none."""
-        for path in reversed(self.checkpoints()):
+        """Load the newest checkpoint that can be read into ``learner``; returns its numbers, None if there is none.
+
+        Damaged ones that are newer are removed.
+
+        Raises:
+            UserError: there are checkpoints, and none can be read.
+        """
+        found = self.checkpoints()
+        for number, path in enumerate(reversed(found)):
             try:
                 numbers = json.loads((path / "state.json").read_text(encoding="utf-8"))
                 learner.restore(_load_tensors(path / "state.safetensors"), numbers)
+                for damaged in found[len(found) - number :]:
+                    shutil.rmtree(damaged, ignore_errors=True)
                 return dict(numbers)
             except (UserError, OSError, ValueError, TypeError, KeyError, RuntimeError):
                 continue
+        if found:
+            raise UserError(
+                f"no checkpoint in {self.path}/checkpoints can be read; restore one, or delete them to begin anew"
+            )
         return None
 
     # -- metrics --------------------------------------------------------------------------------------------------

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from textdiffusion.categorical import reshape_law
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
-from textdiffusion.process import Process, State, Step
+from textdiffusion.process import Process, Reshape, State, Step
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def sample(
         raise UserError(f"this family has no sampler {name!r}; it has: {', '.join(process.steps)}")
     step = process.steps[name]
     network = Counted(process.network)
+    reshape = partial(reshape_law, temperature=temperature, top_p=top_p)
     process = process.over(network)
 
     rows = len(noise.rows)
@@ -114,14 +117,12 @@ def sample(
         if bool(asking.any()):
             some = asking.nonzero().squeeze(-1)
             if len(some) == len(asking):
-                state, probability = _advance(
-                    process, step, state, asked, s, now, temperature, top_p, condition, active
-                )
+                state, probability = _advance(process, step, state, asked, s, now, reshape, condition, active)
             else:
                 # Rows for which nothing would change are not evaluated.
                 part, chance = _advance(
                     process, step, state.select(some), asked[some], s[some], now.select(some),
-                    temperature, top_p, condition, active[some],
+                    reshape, condition, active[some],
                 )  # fmt: skip
                 x = state.x.clone()
                 x[some] = part.x
@@ -143,14 +144,13 @@ def _advance(
     asked: Tensor,
     s: Tensor,
     noise: Noise,
-    temperature: float,
-    top_p: float | None,
+    reshape: Reshape,
     condition: Tensor | None,
     rows: Tensor,
 ) -> tuple[State, Tensor]:
     """One network call and one step; also the probability [B L] of each token drawn in it, 0 elsewhere."""
     prediction = process.predict(state, asked, None if condition is None else condition[rows])
-    after = step.move(state, asked, prediction.reshaped(temperature, top_p), s, noise)
+    after = step.move(state, asked, prediction, s, noise, reshape)
     probability = torch.zeros(state.x.shape[:2], dtype=torch.float64, device=state.x.device)
     new = process.decode(after)[asked]
     chance = prediction.log_p.gather(-1, new.clamp(min=0).unsqueeze(-1)).squeeze(-1).exp().double()

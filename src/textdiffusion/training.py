@@ -79,8 +79,9 @@ def tune_allocator() -> None:
     except (OSError, AttributeError):
         return  # not glibc: nothing to tune
     m_mmap_threshold, m_trim_threshold = -3, -1
-    mallopt(m_mmap_threshold, 1 << 30)
-    mallopt(m_trim_threshold, (1 << 31) - 1)
+    # Older C libraries take no threshold above 32 MB; where none is taken, the rest is better left as it is.
+    if mallopt(m_mmap_threshold, 1 << 30) or mallopt(m_mmap_threshold, 1 << 25):
+        mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 def fastest_precision(device: torch.device) -> Literal["bf16", "fp32"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from textdiffusion.noise import Noise
-from textdiffusion.process import Prediction, State, Step
+from textdiffusion.process import Prediction, Reshape, State, Step
 from textdiffusion.steps.unmasking import reveal
 
 
@@ -21,5 +21,7 @@ class LeftToRight(Step):
         hidden = state.x == self.mask
         return hidden & (hidden.cumsum(-1) == 1)
 
-    def move(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise) -> State:
-        return reveal(state, asked, prediction.log_p, s, noise, prediction.memory)
+    def move(
+        self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise, reshape: Reshape
+    ) -> State:
+        return reveal(state, asked, reshape(prediction.log_p), s, noise, prediction.memory)

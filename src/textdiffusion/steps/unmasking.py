@@ -15,7 +15,7 @@ from torch import Tensor
 from textdiffusion.absorbing import hidden_targets
 from textdiffusion.categorical import draw
 from textdiffusion.noise import Noise
-from textdiffusion.process import Prediction, State, Step
+from textdiffusion.process import Prediction, Reshape, State, Step
 from textdiffusion.schedules import Schedule
 
 
@@ -50,8 +50,10 @@ class Ancestral(Step):
         shown = noise.uniform("reveal", state.x.shape[1]) < self.probability(state.t, s).unsqueeze(-1)
         return shown & (state.x == self.mask)
 
-    def move(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise) -> State:
-        return reveal(state, asked, prediction.log_p, s, noise, prediction.memory)
+    def move(
+        self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise, reshape: Reshape
+    ) -> State:
+        return reveal(state, asked, reshape(prediction.log_p), s, noise, prediction.memory)
 
 
 class _Counted(Step):
@@ -80,8 +82,10 @@ class RandomOrder(_Counted):
         score = noise.uniform("order", state.x.shape[1]).masked_fill(state.x != self.mask, -1.0)
         return top_positions(score, self.count(state, s))
 
-    def move(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise) -> State:
-        return reveal(state, asked, prediction.log_p, s, noise, prediction.memory)
+    def move(
+        self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise, reshape: Reshape
+    ) -> State:
+        return reveal(state, asked, reshape(prediction.log_p), s, noise, prediction.memory)
 
 
 class Ordered(_Counted):
@@ -100,9 +104,11 @@ class Ordered(_Counted):
         score[asked] = self.score(log_p.double())
         return top_positions(score, self.count(state, s))
 
-    def move(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise) -> State:
+    def move(
+        self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise, reshape: Reshape
+    ) -> State:
         chosen = self.choose(state, asked, prediction.log_p, s)
-        return reveal(state, chosen, prediction.log_p[chosen[asked]], s, noise, prediction.memory)
+        return reveal(state, chosen, reshape(prediction.log_p[chosen[asked]]), s, noise, prediction.memory)
 
 
 def confidence(log_p: Tensor) -> Tensor:
