@@ -1,7 +1,9 @@
-"""The command line from outside, as a subprocess: what it prints, its exit codes, and its one-line errors."""
+"""The command line: what it prints, its exit codes and one-line errors; in this process, and from outside."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -24,10 +26,20 @@ def run(*arguments: object, cwd: Path | None = None, timeout: float = 120) -> su
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def ok(*arguments: object, **how) -> str:
+def outside(*arguments: object, **how) -> str:
+    """Standard output of a command that succeeds, run as a process of its own."""
     result = run(*arguments, **how)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def ok(*arguments: object) -> str:
+    """The same in this process, which need not load torch again."""
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        code = main([str(a) for a in arguments])
+    assert code == 0, error.getvalue()
+    return out.getvalue()
 
 
 def refused(*arguments: object, **how) -> str:
@@ -53,11 +65,10 @@ def runs(tmp_path_factory) -> Path:
 
 def test_help_lists_the_verbs_and_is_quick():
     begin = time.perf_counter()
-    text = ok("--help")
+    text = outside("--help")
     assert time.perf_counter() - begin < 5  # without torch: the next check says why it is quick
     for verb in ("demo", "train", "sample", "eval", "families", "doctor"):
         assert verb in text
-        assert "--device" in ok(verb, "--help")
     code = "import sys, textdiffusion.cli as c; c._parser(); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -91,6 +102,9 @@ def test_sample(runs):
         assert text.startswith("def ")
     frames = ok("sample", runs / "masked", "-n", 1, "--watch")
     assert "░" in frames.splitlines()[0] and "░" not in frames.splitlines()[-1]
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as text:
+        main(["sample", "--help"])
+    assert "--device" in text.getvalue() and "--top-p" in text.getvalue()
     long = json.loads(ok("sample", runs / "autoregressive", "-n", 1, "--length", 70, "--json"))
     assert long["calls"] == 70
 
@@ -117,18 +131,19 @@ def test_families_and_doctor():
 def test_the_newest_run_is_the_default(runs, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "only").symlink_to(runs / "masked")
-    assert json.loads(ok("sample", "-n", 1, "--json", cwd=tmp_path))["samples"]
+    assert json.loads(outside("sample", "-n", 1, "--json", cwd=tmp_path))["samples"]
     assert "textdiffusion train" in refused("sample", cwd=tmp_path / "runs")
 
 
-def test_dry_run_trains_nothing(tmp_path):
-    plan = json.loads(ok("train", "--dry-run", "--json", *SMALL, cwd=tmp_path))
+def test_dry_run_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = json.loads(ok("train", "--dry-run", "--json", *SMALL))
     assert plan["parameters"] > 1000 and plan["steps"] == 30
     assert not list(tmp_path.iterdir())
 
 
 def test_a_pipe_gets_plain_lines(tmp_path):
-    text = ok("train", "--out", tmp_path / "r", *SMALL)
+    text = outside("train", "--out", tmp_path / "r", *SMALL)
     assert "\x1b" not in text and "\r" not in text
     assert "held out <= " in text and "trained" in text.splitlines()[-1]
 
@@ -248,6 +263,29 @@ def test_bad_input_is_one_clear_line(arguments, says, runs, tmp_path, monkeypatc
     assert len(error.strip().splitlines()) == 1 and says in error, error
 
 
+def test_a_reader_that_goes_away_is_no_error(runs):
+    command = f"{sys.executable} -m textdiffusion families masked | head -c 1 > /dev/null; echo ${{PIPESTATUS[0]}}"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=environment)
+    assert result.stdout.strip() == "0" and result.stderr == ""
+
+
+def test_damaged_checkpoints_are_passed_over_or_refused(whole, tmp_path):
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    newest = sorted((part / "checkpoints").iterdir())[-1]
+    older = newest.with_name("step-000000001")
+    shutil.copytree(newest, older)
+    (newest / "state.safetensors").write_bytes(b"broken")
+    ok("train", "--resume", "--out", part)  # the older one is whole
+    assert same(weights_of(whole), weights_of(part))
+    for path in (part / "checkpoints").iterdir():
+        (path / "state.safetensors").write_bytes(b"broken")
+    before = (part / "metrics.jsonl").read_bytes()
+    assert "no checkpoint" in refused("train", "--resume", "--out", part)
+    assert (part / "metrics.jsonl").read_bytes() == before
+
+
 def test_bad_input_from_outside(runs, tmp_path):
     assert "nowhere.txt" in refused("train", "--data", "nowhere.txt", cwd=tmp_path)
     assert "--temperature" in refused("sample", runs / "masked", "--temperature", "-1")
@@ -269,9 +307,16 @@ def same(a: dict, b: dict) -> bool:
 LONGER = ["train", "--steps", "300", *SMALL[2:], "--set", "training.precision=fp32"]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that is never stopped."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    ok(*LONGER, "--out", path)
+    return path
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_saves_and_resuming_gives_the_same_run(how, tmp_path):
-    ok(*LONGER, "--out", tmp_path / "whole")
+def test_a_signal_saves_and_resuming_gives_the_same_run(how, whole, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "textdiffusion", *LONGER, "--out", str(tmp_path / "part")],
         stdout=subprocess.PIPE, text=True, bufsize=1,
@@ -284,10 +329,10 @@ def test_a_signal_saves_and_resuming_gives_the_same_run(how, tmp_path):
     assert process.returncode == 128 + how
     assert "--resume" in out
     ok("train", "--resume", "--out", tmp_path / "part")
-    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "part"))
+    assert same(weights_of(whole), weights_of(tmp_path / "part"))
     steps = [
-        [json.loads(line)["step"] for line in (tmp_path / p / "metrics.jsonl").read_text().splitlines()]
-        for p in ("whole", "part")
+        [json.loads(line)["step"] for line in (p / "metrics.jsonl").read_text().splitlines()]
+        for p in (whole, tmp_path / "part")
     ]
     assert steps[0] == steps[1]
 
