@@ -28,7 +28,6 @@ def quickly(command: str) -> str:
     return command
 
 
-@pytest.mark.skipif(not BLOCKS, reason="no README")
 def test_the_minute_of_use_runs_as_shown(tmp_path):
     (tmp_path / "my.txt").write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 400)
     ran = 0
