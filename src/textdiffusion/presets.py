@@ -28,7 +28,7 @@ def shape(depth: int) -> dict[str, Any]:
 
 
 def depth_for(minutes: float | None) -> int:
-    """The size that learns most in so many minutes of a laptop's CPU; in steps, the smallest preset."""
+    """Blocks for a budget in minutes; measured at 5 (docs/results.md), a guess above. In steps, the smallest preset."""
     if minutes is None or minutes <= 10:
         return 3
     return 4 if minutes <= 40 else 6

@@ -1,4 +1,4 @@
-"""A run directory: all that the verbs share, and a Hugging Face model folder.
+"""A run directory: all that the verbs share, laid out as a Hugging Face model folder.
 
   config.json         what the run is: family, network, tokenizer, data, training
   model.safetensors   the weights to use: the average with the best validation figure so far

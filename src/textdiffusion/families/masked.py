@@ -102,7 +102,7 @@ class Masked(Process):
         """Nats per token [B]. With mask_rate = uniform and weight = bound, one unbiased draw of the bound over L.
 
         The defaults are no bound: they spend the gradient where there is most to learn, and reach a lower bound in the
-        same minutes (docs/results.md).
+        same steps (docs/results.md).
         """
         length = x_0.shape[1]
         # 1. A mask rate, stratified over the global batch.

@@ -1,8 +1,8 @@
 """One transformer for every family: bidirectional, causal or block-causal; with or without time and classes.
 
 Shapes: B batch, L length, W window (longest length), D width, H heads, S input symbols, V output symbols, N asked
-positions. It departs from the usual DiT of diffusion language models (SEDD, MDLM) where that paid in bits per
-character per minute on a CPU (docs/results.md):
+positions. It departs from the usual DiT of diffusion language models (SEDD, MDLM) where that paid on a
+CPU, in bits (docs/results.md) or in time (benchmarks/kernels.py):
 
 - a short depthwise convolution before attention and before the feed-forward part, so that spelling need not be
   learnt by attention; it starts at zero;
@@ -103,7 +103,7 @@ class Cache:
 
 
 class _Taps(torch.autograd.Function):
-    """x + sum_k padded[:, k : k + L] * weight[k]; written out because autograd's own backward takes twice the time."""
+    """x + sum_k padded[:, k : k + L] * weight[k]; written out to save autograd's extra passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, left: int, right: int) -> Tensor:
@@ -158,7 +158,7 @@ class Convolution(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Softmax attention; q [B H n d], k and v [B H m d], bias [n m] or [B 1 n m] added to the logits.
 
-    In bfloat16 on a CPU the fused kernel is slower than three plain operations (benchmarks/), elsewhere faster.
+    In bfloat16 on a CPU the fused kernel is slower than three plain operations (benchmarks/kernels.py).
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
