@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "textdiffusion"
 FLOORS = [
-    {"errors", "noise", "schedules", "categorical", "tokenizer", "networks.transformer"},
+    {"errors", "noise", "schedules", "categorical", "tokenizer", "worlds", "networks.transformer"},
     {"process", "absorbing", "steps.unmasking", "steps.ordering"},
     {"families"},  # and every file in families/
-    {"data", "training", "sampling", "evaluation", "template"},
-    {"run", "presets", "card", "fit", "model", "report", "catalogue", "watching"},
+    {"data", "training", "sampling", "evaluation", "enumeration", "template"},
+    {"run", "presets", "card", "fit", "model", "report", "catalogue", "verify", "watching"},
     {"doctor", "terminal", "cli", "__main__"},
 ]
 

@@ -212,10 +212,10 @@ def test_unknown_names_are_refused_in_one_line(name, bad):
 @pytest.mark.slow
 def test_learns_a_chain_to_its_entropy(name):
     """A 4-state Markov chain, L = 8: within 0.02 nat per token of the entropy."""
-    from worlds import chain_entropy, draw_chain, markov_world
+    from textdiffusion.worlds import chain, chain_entropy
 
-    start, transition = markov_world(4, 8, seed=1)
-    entropy = chain_entropy(start, transition, 8) / 8
+    world = chain(4, 8, seed=1)
+    entropy = chain_entropy(world) / 8
     cls = family(name)
     config = cls.Config()
     torch.manual_seed(0)
@@ -225,11 +225,11 @@ def test_learns_a_chain_to_its_entropy(name):
     process = cls(network, config, 5, start=4)
     learner = Learner(network, TrainingConfig(steps=1500, batch=128, micro_batch=128))
     for step in range(1500):
-        x_0 = draw_chain(start, transition, 8, 128, seed=step)
+        x_0 = world.draw(128, seed=step)
         learner.learn(process, x_0, Noise.of(0, 128, step=step))
     process = process.over(learner.average.module.eval())
     with torch.no_grad():
-        x = draw_chain(start, transition, 8, 16_000, seed=10**6)
+        x = world.draw(16_000, seed=10**6)
         nats = process.nll(x, Noise.of(1, 16_000)).total / 8
     error = float(nats.std()) / 16_000**0.5
     assert float(nats.mean()) < entropy + 0.02, (float(nats.mean()), entropy)

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from textdiffusion.enumeration import exact_curve
 from textdiffusion.evaluation import BITS, evaluate, text_statistics, whole_words
-from textdiffusion.families.autoregressive import Autoregressive, AutoregressiveConfig
+from textdiffusion.families.autoregressive import Autoregressive
 from textdiffusion.families.masked import Masked, MaskedConfig
-from worlds import causal_oracle, masked_oracle, random_world, wrong_network
+from textdiffusion.verify import Subject
+from textdiffusion.worlds import random_table
 
 V, L = 3, 3
-WORLD = random_world(V, L)
+WORLD = random_table(V, L)
 ONE = np.ones(V, dtype=np.int64)
 
 
@@ -23,7 +25,7 @@ class Steep:
     3 n / L, so that order in the text and number hidden must not be mixed up."""
 
     def __init__(self, length: int):
-        self.real = Masked(masked_oracle(WORLD), MaskedConfig(), V)
+        self.real = Subject(Masked).ideal(WORLD)
         self.length, self.steps = length, self.real.steps
 
     def curve_point(self, x_0, hidden, noise):
@@ -60,7 +62,7 @@ def test_short_tails_and_few_windows_are_measured_without_bias():
 @pytest.mark.parametrize("windows", [10, 60, 200])
 def test_the_standard_error_is_that_of_repeated_measurements(windows):
     """Over fresh windows and fresh noise the figures spread as the reported error says."""
-    process = Masked(wrong_network(V, L, 1), MaskedConfig(), V)
+    process = Subject(Masked).wrong(WORLD, 1)
     figures, errors = [], []
     for seed in range(150):
         x = list(WORLD.draw(windows, seed).numpy())
@@ -72,9 +74,7 @@ def test_the_standard_error_is_that_of_repeated_measurements(windows):
 
 @pytest.mark.parametrize("calls", [1, 2, 3])
 def test_figures_at_t_calls_agree_with_enumeration(calls):
-    from test_exactness import exact_curve
-
-    process = Masked(masked_oracle(WORLD), MaskedConfig(), V)
+    process = Subject(Masked).ideal(WORLD)
     x = WORLD.draw(3000, 0)
     curve = exact_curve(process, x).mean(0)
     for sampler in ("random", "ancestral"):
@@ -86,12 +86,11 @@ def test_figures_at_t_calls_agree_with_enumeration(calls):
 
 
 def test_the_exact_family_has_one_figure_and_no_noise():
-    process = Autoregressive(causal_oracle(WORLD, 0), AutoregressiveConfig(), V)
+    process = Subject(Autoregressive).ideal(WORLD)
     x = WORLD.draw(500, 0)
     report = evaluate(process, list(x.numpy()), ONE, calls=[1, 2], draws=3)
     assert report.by_calls == [] and report.figure.kind == "exact" and report.figure.calls == L
-    index = (x * V ** torch.arange(L - 1, -1, -1)).sum(-1)
-    nats = -WORLD.log_p[index]
+    nats = -WORLD.log_prob(x)
     assert abs(report.figure.bits_per_char - float(nats.mean()) / L * BITS) < 1e-9
     assert abs(report.figure.standard_error - float(nats.std()) / L * BITS / math.sqrt(500)) < 1e-9
 
@@ -114,8 +113,8 @@ def test_tails_and_tokens_of_several_characters():
 
 
 def test_one_window_tells_nothing_of_its_error():
-    process = Masked(masked_oracle(WORLD), MaskedConfig(), V)
-    report = evaluate(process, [WORLD.strings[3].numpy()], ONE)
+    process = Subject(Masked).ideal(WORLD)
+    report = evaluate(process, [WORLD.texts[3].numpy()], ONE)
     assert report.figure.standard_error is None
 
 

@@ -150,9 +150,9 @@ def test_refusals(fields):
 @pytest.mark.skipif(os.cpu_count() == 1, reason="one core")
 def test_bfloat16_learns_as_well_as_float32():
     """300 steps, three seeds: the mean losses at the end agree within the spread of the seeds."""
-    from worlds import draw_chain, markov_world
+    from textdiffusion.worlds import chain
 
-    start, transition = markov_world(10, 8, seed=3)
+    world = chain(10, 8, seed=3)
     finals: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
     for dtype, out in finals.items():
         for seed in range(3):
@@ -161,7 +161,7 @@ def test_bfloat16_learns_as_well_as_float32():
             learner = Learner(net, TrainingConfig(steps=300, batch=64, seed=seed))
             losses = []
             for step in range(300):
-                x_0 = draw_chain(start, transition, 8, 64, seed=1000 * seed + step)
+                x_0 = world.draw(64, seed=1000 * seed + step)
                 losses.append(learner.learn(process, x_0, Noise.of(seed, 64, step=step)))
             out.append(float(np.mean(losses[-50:])))
     spread = max(np.ptp(finals[torch.float32]), 0.02)

@@ -18,13 +18,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
+from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
-from textdiffusion.process import State
+from textdiffusion.process import Discrete, Network, Process, State
 from textdiffusion.schedules import Schedule
 
 
@@ -34,16 +37,30 @@ def hide_counts(length: int, hidden: Tensor, noise: Noise, tag: str = "hide") ->
     return order < hidden.unsqueeze(-1)
 
 
-def all_hidden(rows: int, length: int, mask: int, noise: Noise) -> State:
-    """The prior: nothing is written, at t = 1."""
-    x = torch.full((rows, length), mask, dtype=torch.long, device=noise.device)
-    return State(x, torch.ones(rows, dtype=torch.float64, device=noise.device))
+class Hiding(Process):
+    """A family whose prior is that every token is hidden; what remains open is how they are hidden and predicted."""
 
+    def __init__(self, network: Network, config: Any, vocabulary: int, *, start: int = 0):
+        super().__init__(network, config, vocabulary, start=start)
+        self.mask = vocabulary
+        self.space = Discrete(vocabulary + 1)
 
-def hidden_but_given(tokens: Tensor, given: Tensor, mask: int, noise: Noise) -> State:
-    """The prior with the ``given`` positions (bool [B L]) of ``tokens`` fixed."""
-    prior = all_hidden(len(tokens), tokens.shape[1], mask, noise)
-    return State(torch.where(given, tokens, prior.x), prior.t, given)
+    def prior_sample(self, rows: int, length: int, noise: Noise) -> State:
+        x = torch.full((rows, length), self.mask, dtype=torch.long, device=noise.device)
+        return State(x, torch.ones(rows, dtype=torch.float64, device=noise.device))
+
+    def prior_law(self) -> Tensor:
+        """Law of a position at t = 1, float64 [V + 1]."""
+        return one_hot(torch.tensor(self.mask), self.mask + 1).double()
+
+    def template(self, tokens: Tensor, given: Tensor, noise: Noise) -> State:
+        if not self.infills and bool((given[:, 1:] & ~given[:, :-1]).any()):
+            raise UserError("this family writes on from a prompt and cannot infill; use --prompt, or a masked run")
+        prior = self.prior_sample(len(tokens), tokens.shape[1], noise)
+        return State(torch.where(given, tokens, prior.x), prior.t, given)
+
+    def decode(self, state: State) -> Tensor:
+        return state.x.masked_fill(state.x == self.mask, -1)
 
 
 def carry_over(logits: Tensor, symbols: Tensor, mask: int) -> Tensor:
@@ -54,6 +71,21 @@ def carry_over(logits: Tensor, symbols: Tensor, mask: int) -> Tensor:
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     certain = torch.full_like(log_p, -torch.inf).scatter_(-1, symbols.clamp(max=mask - 1).unsqueeze(-1), 0.0)
     return torch.where((symbols != mask).unsqueeze(-1), certain, log_p)
+
+
+def hidden_evidence(x: Tensor, mask: int) -> Tensor:
+    """log q(x_t | v) up to a constant, float64 [B L V]: nothing at hidden positions, certainty at shown ones."""
+    shown = one_hot(x.clamp(max=mask - 1), mask).double().log()
+    return torch.where((x == mask).unsqueeze(-1), torch.zeros_like(shown), shown)
+
+
+def hiding_kernel(schedule: Schedule, mask: int, s: float, t: float) -> Tensor:
+    """q(x_t | x_s) of independent hiding, float64 [V + 1, V + 1]."""
+    at_s, at_t = (float(schedule.alpha(torch.tensor(u, dtype=torch.float64))) for u in (s, t))
+    stay = at_t / at_s if at_s else 1.0
+    kernel = stay * torch.eye(mask + 1, dtype=torch.float64)
+    kernel[:, mask] += 1 - stay
+    return kernel
 
 
 def ancestral_weights(length: int, schedule: Schedule, times: Sequence[float]) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -102,6 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seed", type=int, default=0)
 
+    p = verb("verify", _verify, "prove the mathematics of a family on worlds small enough to enumerate")
+    p.add_argument("family", nargs="?", metavar="FAMILY|FILE.py",
+                   help="a family, or your own in a .py file, which is run (default: all families)")  # fmt: skip
+
     p = verb("families", _families, "list the families, or describe one")
     p.add_argument("name", nargs="?", metavar="NAME")
     verb("doctor", _doctor, "describe this machine and what would be used on it")
@@ -109,7 +114,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    """Run the command line; returns the exit code.
+
+    0; 1 if verify finds a fault; 2 for a mistake of the user's; 130 after Ctrl-C.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a symbol shows a question mark
@@ -324,7 +332,34 @@ def _numbers(text: str) -> list[int]:
     return found
 
 
-# -- families, doctor ---------------------------------------------------------------------------------------------
+# -- verify, families, doctor -------------------------------------------------------------------------------------
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from textdiffusion.families import load_family, names
+    from textdiffusion.verify import verify
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    failed = 0
+    for name in [args.family] if args.family else names():
+        family, found[name] = load_family(name), []
+        if not args.json:
+            print(f"{name}\n{'':6}{'figure':>10} {'at most':>9}  check", flush=True)
+        for check in verify(family):
+            failed += not check.passed
+            figure = check.figure if math.isfinite(check.figure) else None  # JSON has no infinity
+            found[name].append(vars(check) | {"figure": figure, "passed": check.passed})
+            if not args.json:
+                verdict = "ok" if check.passed else "FAIL"
+                print(f"{verdict:<6}{check.figure:>10.3g} {check.tolerance:>9.2g}  {check.name}", flush=True)
+                if not check.passed:
+                    print(f"{'':27}{check.meaning}", flush=True)
+    total = sum(len(checks) for checks in found.values())
+    if args.json:
+        print(json.dumps({"families": found, "checks": total, "failed": failed, "passed": not failed}))
+    else:
+        print(f"{total} checks, " + ("all passed" if not failed else f"{failed} failed"))
+    return 1 if failed else 0
 
 
 def _families(args: argparse.Namespace) -> int:

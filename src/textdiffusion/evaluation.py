@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from textdiffusion.data import WORD
+from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import HasCurve, Kind, Process
 
@@ -99,8 +100,10 @@ def evaluate(
         seed: of the noise; a part of the protocol.
         batch: windows in a network call.
     Raises:
-        UserError: a sampler without a known bound.
+        UserError: a sampler that is not there, or without a known bound.
     """
+    if sampler is not None and sampler not in process.steps:
+        raise UserError(f"this family has no sampler {sampler!r}; it has: {', '.join(process.steps)}")
     budgets: list[int | None] = [None, *calls]
     sizes = np.array([characters[w].sum() for w in windows], dtype=np.float64)
     longest = max(len(w) for w in windows)

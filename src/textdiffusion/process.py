@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
@@ -26,6 +26,9 @@ from textdiffusion.noise import Noise
 Network = Callable[..., Tensor]
 Reshape = Callable[[Tensor], Tensor]  # of log-probabilities [N V], by temperature and top-p
 Kind = Literal["exact", "upper", "none"]
+# Evidence, log q(noisy position | v) for each v up to a constant, [B L V], to the log-law [B L V] of each token given
+# the evidence at all *other* positions (the leave-one-out posterior).
+Context = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,21 @@ class Nll:
         return self.diffusion + self.prior + self.reconstruction
 
 
+@dataclass(frozen=True)
+class Categorical:
+    """Law of a discrete step: symbols at ``positions`` (bool [B L], M of them) are drawn independently from log_p
+    [M S'], S' <= S; all others stay as they are."""
+
+    positions: Tensor
+    log_p: Tensor
+
+
 class Step(ABC):
-    """One reverse step of a family whose states are discrete, in two halves so that work is done only where needed."""
+    """One reverse step of a family whose states are discrete: what to ask the network, and the law that follows.
+
+    A step draws nothing but the positions it asks about: sampling.py draws the symbols, for every family. So the law
+    of a whole run can be enumerated on a small world (verify.py).
+    """
 
     note: ClassVar[str]  # one line for the user
 
@@ -112,13 +128,15 @@ class Step(ABC):
         """Positions whose prediction this step needs, bool [B L]. Rows with none are not evaluated at all."""
 
     @abstractmethod
-    def move(
-        self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise, reshape: Reshape
-    ) -> State:
-        """The state at times s [B]; ``prediction.log_p`` is [N V] for the asked positions.
+    def asks(self, state: State, s: Tensor) -> Iterator[tuple[float, Tensor]]:
+        """Every outcome of ``ask`` for a state of one row, with its probability."""
 
-        Tokens are drawn from ``reshape(log_p)``; positions are chosen by log_p itself, which temperature 0 or a small
-        top-p would leave without an order.
+    @abstractmethod
+    def law(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Categorical:
+        """The law of the state at times s [B]; ``prediction`` is for the N asked positions.
+
+        Symbols follow ``reshape`` of what they are predicted from; positions are chosen by the model's own law, which
+        temperature 0 or a small top-p would leave without an order.
         """
 
 
@@ -177,6 +195,10 @@ class Process(ABC):
         """Likelihood of x_0 [B L] or a one-draw estimate of its bound; of the sampler of exactly ``calls`` calls, or in
         the limit of many."""
 
+    @abstractmethod
+    def ideal(self, context: Context) -> Network:
+        """The outputs of a network that knows the law of the data: what tests put in the network's place."""
+
     # -- reverse --------------------------------------------------------------------------------------------------
     @abstractmethod
     def plan(self, length: int, calls: int, sampler: str) -> Sequence[float]:
@@ -189,6 +211,50 @@ class Process(ABC):
     @abstractmethod
     def decode(self, state: State) -> Tensor:
         """Tokens int64 [B L]; -1 where nothing is written yet."""
+
+
+@runtime_checkable
+class HasKernel(Protocol):
+    """A discrete process whose noise acts on each position on its own, in continuous time.
+
+    Its bound is KL(q(x_1 | x_0) || prior) + integral over t of E rate; tests enumerate it.
+    """
+
+    def kernel(self, s: float, t: float) -> Tensor:
+        """q(x_t = j | x_s = i), float64 [S S]; text symbols are the first V."""
+        ...
+
+    def prior_law(self) -> Tensor:
+        """Law of a position of ``prior_sample``, float64 [S]."""
+        ...
+
+    def rate(self, x_0: Tensor, state: State) -> Tensor:
+        """Nats per unit of time [B]: the bound's integrand at the states' times."""
+        ...
+
+
+@runtime_checkable
+class HasSignal(Protocol):
+    """A process whose noise is Gaussian, on each position on its own: z = alpha code(v) + sigma eps.
+
+    Its bound is KL(q(z_1 | x_0) || standard normal) + integral over t of E rate + E reconstruction at t = 0.
+    """
+
+    def signal(self, t: float) -> tuple[float, float]:
+        """(alpha, sigma) at time t."""
+        ...
+
+    def codes(self) -> Tensor:
+        """The reals that stand for each token, [V W]."""
+        ...
+
+    def rate(self, x_0: Tensor, state: State) -> Tensor:
+        """Nats per unit of time [B]: the bound's integrand at the states' times."""
+        ...
+
+    def reconstruction(self, x_0: Tensor, state: State) -> Tensor:
+        """-log p(x_0 | z_0), nats [B], for states at t = 0."""
+        ...
 
 
 @runtime_checkable
@@ -208,6 +274,16 @@ class HasCurve(Protocol):
             UserError: no bound is known for this sampler.
         """
         ...
+
+
+def as_network(outputs: Callable[[Tensor, Tensor | None], Tensor]) -> Network:
+    """A network from a function of symbols and times alone; answers for the asked positions."""
+
+    def network(x: Tensor, t: Tensor | None = None, *, positions: Tensor | None = None, **_: object) -> Tensor:
+        out = outputs(x, t)
+        return out if positions is None else out[positions]
+
+    return network
 
 
 @torch.no_grad()

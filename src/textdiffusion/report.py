@@ -33,7 +33,11 @@ class RunReport:
     def lines(self) -> list[str]:
         """For people."""
         like, head = self.likelihood, self.likelihood.figure
-        kind = {"exact": "exact", "upper": "upper bound, in expectation over the noise", "none": "no likelihood"}
+        kind = {
+            "exact": "exact, at one network call a token",
+            "upper": "upper bound, in expectation over the noise",
+            "none": "no likelihood",
+        }
         out = [
             f"text            {self.text}: {like.characters:,} characters in {like.windows:,} windows",
             f"likelihood      {head}   ({kind[head.kind]})",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from textdiffusion.categorical import reshape_law
+from textdiffusion.categorical import draw, reshape_law
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import Process, Reshape, State, Step
@@ -94,13 +94,14 @@ def sample(
         state = process.template(tokens, given, start)
         free = int((~given).sum(-1).max())
     written = process.decode(state)
-    confidence = (written >= 0).double()
+    fixed = torch.zeros_like(written, dtype=torch.bool) if state.given is None else state.given
+    confidence = fixed.double()
     made = torch.zeros(rows, dtype=torch.long)
     times = process.plan(free, calls, name) if free else [1.0, 0.0]
     yield Frame(0, len(times) - 1, 1.0, written.clone(), confidence.clone(), made.clone())
 
     # Rows with nothing to write leave before the start.
-    active = (written < 0).any(-1).nonzero().squeeze(-1)
+    active = (~fixed).any(-1).nonzero().squeeze(-1)
     if len(active) < rows:
         state = state.select(active)
     for k, time in enumerate(times[1:], 1):
@@ -150,8 +151,11 @@ def _advance(
 ) -> tuple[State, Tensor]:
     """One network call and one step; also the probability [B L] of each token drawn in it, 0 elsewhere."""
     prediction = process.predict(state, asked, None if condition is None else condition[rows])
-    after = step.move(state, asked, prediction, s, noise, reshape)
-    probability = torch.zeros(state.x.shape[:2], dtype=torch.float64, device=state.x.device)
+    law = step.law(state, asked, prediction, s, reshape)
+    x = state.x.clone()
+    x[law.positions] = draw(law.log_p, noise.uniform("token", x.shape[1])[law.positions])
+    after = replace(state, x=x, t=s, memory=prediction.memory)
+    probability = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     new = process.decode(after)[asked]
     chance = prediction.log_p.gather(-1, new.clamp(min=0).unsqueeze(-1)).squeeze(-1).exp().double()
     probability[asked] = torch.where(new >= 0, chance, torch.zeros_like(chance))

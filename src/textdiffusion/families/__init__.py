@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
+import sys
+from pathlib import Path
 
 from textdiffusion.errors import UserError
 from textdiffusion.process import Process
@@ -23,6 +26,30 @@ def family(name: str) -> type[Process]:
     if name not in names():
         raise UserError(f"there is no family {name!r}; the families are: {', '.join(names())}")
     return find_process(importlib.import_module(f"{__name__}.{name}"))
+
+
+def load_family(name: str) -> type[Process]:
+    """A family by its name, or the one in a user's own .py file, which is run.
+
+    Raises:
+        UserError: neither is there, or the file does not run or holds no family.
+    """
+    if not name.endswith(".py"):
+        return family(name)
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"there is no file {name}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{name} does not run: {type(error).__name__}: {error}") from error
+    return find_process(module)
 
 
 def find_process(module: object) -> type[Process]:

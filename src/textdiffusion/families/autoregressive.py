@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from textdiffusion.absorbing import all_hidden, carry_over, hidden_but_given
+from textdiffusion.absorbing import Hiding, carry_over, hidden_evidence
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
-from textdiffusion.process import Discrete, Network, Nll, Prediction, Process, State
+from textdiffusion.process import Context, Network, Nll, Prediction, State, as_network
 from textdiffusion.steps.ordering import LeftToRight
 
 
@@ -44,7 +44,7 @@ class _Read:
 
 
 @final
-class Autoregressive(Process):
+class Autoregressive(Hiding):
     """The autoregressive baseline; see the head of the file."""
 
     Config: ClassVar[type] = AutoregressiveConfig
@@ -55,8 +55,6 @@ class Autoregressive(Process):
 
     def __init__(self, network: Network, config: AutoregressiveConfig, vocabulary: int, *, start: int = 0):
         super().__init__(network, config, vocabulary, start=start)
-        self.mask = vocabulary
-        self.space = Discrete(vocabulary + 1)
         self.steps = {"left-to-right": LeftToRight(self.mask)}
 
     @classmethod
@@ -69,9 +67,6 @@ class Autoregressive(Process):
         shown = length - torch.ceil(t.double() * length - 1e-9)
         hidden = torch.arange(length, device=x_0.device) >= shown.unsqueeze(-1)
         return State(x_0.masked_fill(hidden, self.mask), t.double())
-
-    def prior_sample(self, rows: int, length: int, noise: Noise) -> State:
-        return all_hidden(rows, length, self.mask, noise)
 
     # -- learning -------------------------------------------------------------------------------------------------
     def _inputs(self, x: Tensor) -> Tensor:
@@ -131,16 +126,16 @@ class Autoregressive(Process):
         zero = torch.zeros_like(diffusion)
         return Nll(diffusion, zero, zero, "exact", "left-to-right", x_0.shape[1])
 
+    def ideal(self, context: Context) -> Network:
+        def outputs(inputs: Tensor, t: Tensor | None) -> Tensor:
+            # Output i stands behind inputs 0..i, which hold tokens 0..i-1 behind the start token.
+            text = torch.cat((inputs[:, 1:], inputs.new_zeros(len(inputs), 1)), 1)
+            places = torch.arange(text.shape[1], device=text.device)
+            rows = [context(hidden_evidence(text.masked_fill(places >= i, self.mask), self.mask))[:, i] for i in places]
+            return torch.stack(rows, 1)
+
+        return as_network(outputs)
+
     # -- reverse --------------------------------------------------------------------------------------------------
     def plan(self, length: int, calls: int, sampler: str) -> Sequence[float]:
         return [1 - k / length for k in range(length)] + [0.0]
-
-    def template(self, tokens: Tensor, given: Tensor, noise: Noise) -> State:
-        if bool((given[:, 1:] & ~given[:, :-1]).any()):
-            raise UserError(
-                "the autoregressive family writes on from a prompt and cannot infill; use --prompt, or a masked run"
-            )
-        return hidden_but_given(tokens, given, self.mask, noise)
-
-    def decode(self, state: State) -> Tensor:
-        return state.x.masked_fill(state.x == self.mask, -1)

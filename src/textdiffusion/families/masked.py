@@ -25,17 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from textdiffusion.absorbing import (
-    all_hidden,
+    Hiding,
     ancestral_weights,
     carry_over,
     count_weights,
-    hidden_but_given,
+    hidden_evidence,
     hidden_targets,
     hide_counts,
+    hiding_kernel,
 )
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
-from textdiffusion.process import Discrete, Network, Nll, Prediction, Process, State
+from textdiffusion.process import Context, Network, Nll, Prediction, State, as_network
 from textdiffusion.schedules import SCHEDULES
 from textdiffusion.steps.unmasking import unmasking_steps
 
@@ -56,7 +57,7 @@ class MaskedConfig:
 
 
 @final
-class Masked(Process):
+class Masked(Hiding):
     """Masked diffusion; see the head of the file."""
 
     Config: ClassVar[type] = MaskedConfig
@@ -67,8 +68,6 @@ class Masked(Process):
 
     def __init__(self, network: Network, config: MaskedConfig, vocabulary: int, *, start: int = 0):
         super().__init__(network, config, vocabulary, start=start)
-        self.mask = vocabulary
-        self.space = Discrete(vocabulary + 1)
         self.schedule = SCHEDULES[config.schedule]
         self.steps = unmasking_steps(self.mask, self.schedule)
 
@@ -80,9 +79,6 @@ class Masked(Process):
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Noise) -> State:
         hidden = noise.uniform("mask", x_0.shape[1]) >= self.schedule.alpha(t.double()).unsqueeze(-1)
         return State(x_0.masked_fill(hidden, self.mask), t.double())
-
-    def prior_sample(self, rows: int, length: int, noise: Noise) -> State:
-        return all_hidden(rows, length, self.mask, noise)
 
     # -- learning -------------------------------------------------------------------------------------------------
     def predict(self, state: State, positions: Tensor | None = None, condition: Tensor | None = None) -> Prediction:
@@ -144,6 +140,18 @@ class Masked(Process):
         counts = [m for m in (hidden[:-1] - hidden[1:]).tolist() if m]
         return count_weights(length, counts), len(counts)
 
+    # -- what tests enumerate -------------------------------------------------------------------------------------
+    def ideal(self, context: Context) -> Network:
+        return as_network(lambda x, t: context(hidden_evidence(x, self.mask)))
+
+    def kernel(self, s: float, t: float) -> Tensor:
+        return hiding_kernel(self.schedule, self.mask, s, t)
+
+    def rate(self, x_0: Tensor, state: State) -> Tensor:
+        """-alpha'(t) / (1 - alpha(t)) times the cross-entropy of the hidden tokens (MDLM, 2406.07524, and MD4)."""
+        weight = -self.schedule.derivative(state.t) / (1 - self.schedule.alpha(state.t))
+        return weight * self._cross_entropy(x_0, state.x == self.mask)
+
     # -- reverse --------------------------------------------------------------------------------------------------
     def plan(self, length: int, calls: int, sampler: str) -> Sequence[float]:
         """Uniform in t; but samplers of exact counts reveal one position a call where the calls suffice for that."""
@@ -151,9 +159,3 @@ class Masked(Process):
             hidden = torch.arange(length, -1, -1, dtype=torch.float64) / length
             return [float(t) for t in self.schedule.inverse(hidden)]
         return [1 - k / calls for k in range(calls)] + [0.0]
-
-    def template(self, tokens: Tensor, given: Tensor, noise: Noise) -> State:
-        return hidden_but_given(tokens, given, self.mask, noise)
-
-    def decode(self, state: State) -> Tensor:
-        return state.x.masked_fill(state.x == self.mask, -1)

@@ -272,7 +272,9 @@ class Transformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.5)
+                # Without convolutions attention must find a token's neighbours by their positions, which it does not
+                # learn in thousands of steps when tokens drown them out.
+                nn.init.normal_(module.weight, std=0.5 if self.config.convolution else 0.1)
         if self.position is not None:
             nn.init.normal_(self.position, std=0.1)
         nn.init.zeros_(self.head.weight)

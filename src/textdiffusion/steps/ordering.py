@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from textdiffusion.noise import Noise
-from textdiffusion.process import Prediction, Reshape, State, Step
-from textdiffusion.steps.unmasking import reveal
+from textdiffusion.process import Categorical, Prediction, Reshape, State, Step
 
 
 class LeftToRight(Step):
@@ -18,10 +19,14 @@ class LeftToRight(Step):
         self.mask = mask
 
     def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
+        return self._leftmost(state)
+
+    def asks(self, state: State, s: Tensor) -> Iterator[tuple[float, Tensor]]:
+        yield 1.0, self._leftmost(state)
+
+    def _leftmost(self, state: State) -> Tensor:
         hidden = state.x == self.mask
         return hidden & (hidden.cumsum(-1) == 1)
 
-    def move(
-        self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise, reshape: Reshape
-    ) -> State:
-        return reveal(state, asked, reshape(prediction.log_p), s, noise, prediction.memory)
+    def law(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Categorical:
+        return Categorical(asked, reshape(prediction.log_p))

@@ -6,25 +6,17 @@ tokens that a single categorical draw would need is avoided, and so is the head 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import itertools
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from textdiffusion.absorbing import hidden_targets
-from textdiffusion.categorical import draw
 from textdiffusion.noise import Noise
-from textdiffusion.process import Prediction, Reshape, State, Step
+from textdiffusion.process import Categorical, Prediction, Reshape, State, Step
 from textdiffusion.schedules import Schedule
-
-
-def reveal(state: State, positions: Tensor, log_p: Tensor, s: Tensor, noise: Noise, memory: object = None) -> State:
-    """Draw tokens from log_p [N V] at the N ``positions`` (bool [B L]); the rest stays as it is."""
-    uniform = noise.uniform("token", state.x.shape[1])[positions]
-    x = state.x.clone()
-    x[positions] = draw(log_p, uniform)
-    return replace(state, x=x, t=s, memory=memory)
 
 
 def top_positions(score: Tensor, count: Tensor) -> Tensor:
@@ -50,10 +42,16 @@ class Ancestral(Step):
         shown = noise.uniform("reveal", state.x.shape[1]) < self.probability(state.t, s).unsqueeze(-1)
         return shown & (state.x == self.mask)
 
-    def move(
-        self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise, reshape: Reshape
-    ) -> State:
-        return reveal(state, asked, reshape(prediction.log_p), s, noise, prediction.memory)
+    def asks(self, state: State, s: Tensor) -> Iterator[tuple[float, Tensor]]:
+        hidden = state.x == self.mask
+        chance = float(self.probability(state.t, s))
+        for shown in itertools.product((False, True), repeat=int(hidden.sum())):
+            asked = torch.zeros_like(hidden)
+            asked[hidden] = torch.tensor(shown, dtype=torch.bool)
+            yield math.prod(chance if yes else 1 - chance for yes in shown), asked
+
+    def law(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Categorical:
+        return Categorical(asked, reshape(prediction.log_p))
 
 
 class _Counted(Step):
@@ -82,10 +80,16 @@ class RandomOrder(_Counted):
         score = noise.uniform("order", state.x.shape[1]).masked_fill(state.x != self.mask, -1.0)
         return top_positions(score, self.count(state, s))
 
-    def move(
-        self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise, reshape: Reshape
-    ) -> State:
-        return reveal(state, asked, reshape(prediction.log_p), s, noise, prediction.memory)
+    def asks(self, state: State, s: Tensor) -> Iterator[tuple[float, Tensor]]:
+        hidden = (state.x[0] == self.mask).nonzero().squeeze(-1).tolist()
+        chosen = list(itertools.combinations(hidden, int(self.count(state, s))))
+        for positions in chosen:
+            asked = torch.zeros_like(state.x, dtype=torch.bool)
+            asked[0, list(positions)] = True
+            yield 1 / len(chosen), asked
+
+    def law(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Categorical:
+        return Categorical(asked, reshape(prediction.log_p))
 
 
 class Ordered(_Counted):
@@ -96,6 +100,12 @@ class Ordered(_Counted):
         self.score, self.note = score, note  # type: ignore[misc]
 
     def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
+        return self._hidden(state, s)
+
+    def asks(self, state: State, s: Tensor) -> Iterator[tuple[float, Tensor]]:
+        yield 1.0, self._hidden(state, s)
+
+    def _hidden(self, state: State, s: Tensor) -> Tensor:
         return (state.x == self.mask) & (self.count(state, s) > 0).unsqueeze(-1)
 
     def choose(self, state: State, asked: Tensor, log_p: Tensor, s: Tensor) -> Tensor:
@@ -104,11 +114,9 @@ class Ordered(_Counted):
         score[asked] = self.score(log_p.double())
         return top_positions(score, self.count(state, s))
 
-    def move(
-        self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, noise: Noise, reshape: Reshape
-    ) -> State:
+    def law(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Categorical:
         chosen = self.choose(state, asked, prediction.log_p, s)
-        return reveal(state, chosen, reshape(prediction.log_p[chosen[asked]]), s, noise, prediction.memory)
+        return Categorical(chosen, reshape(prediction.log_p[chosen[asked]]))
 
 
 def confidence(log_p: Tensor) -> Tensor:

@@ -1,0 +1,419 @@
+"""The truth suite: every family is proven on worlds that can be enumerated, and every known fault is caught.
+
+A new file in families/ is found and tested with no test written for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from textdiffusion.absorbing import count_weights
+from textdiffusion.categorical import draw
+from textdiffusion.enumeration import enumerated_law, exact_curve, integrated_bound, misfit, wrong_network
+from textdiffusion.errors import UserError
+from textdiffusion.families import family, load_family, names
+from textdiffusion.families.masked import Masked, MaskedConfig
+from textdiffusion.noise import Noise
+from textdiffusion.process import HasKernel, Prediction, State
+from textdiffusion.sampling import sample
+from textdiffusion.schedules import SCHEDULES, Schedule
+from textdiffusion.steps.unmasking import unmasking_steps
+from textdiffusion.verify import Subject, verify
+from textdiffusion.worlds import Table, chain, chain_entropy, copy, hidden_chain, random_table
+
+HERE = Path(__file__).parent
+V, L = 3, 3
+WORLD = random_table(V, L)
+
+
+def faults(subject, config=None) -> list[str]:
+    """Names of the checks that fail."""
+    return [check.name for check in verify(subject, config) if not check.passed]
+
+
+# -- every family is right ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_family_passes_every_check_in_time(name):
+    begin = time.process_time()
+    checks = list(verify(family(name)))
+    assert [c for c in checks if not c.passed] == []
+    assert len(checks) >= 10
+    # CPU seconds of all threads: the promise of 30 s on 2 cores, with room for a busy machine.
+    assert time.process_time() - begin < 60
+
+
+@pytest.mark.parametrize("schedule", [s for s in SCHEDULES if s != "linear"])
+def test_the_masked_family_is_right_under_every_schedule(schedule):
+    assert faults(Masked, MaskedConfig(schedule=schedule)) == []
+
+
+@pytest.mark.parametrize(
+    "file", ["../examples/fading_noise.py", "subjects/uniform_noise.py", "subjects/gaussian_codes.py"]
+)
+def test_families_in_files_of_their_own_pass(file):
+    assert faults(load_family(str(HERE / file))) == []
+
+
+def test_the_example_is_one_short_file():
+    assert len((HERE / "../examples/fading_noise.py").read_text().splitlines()) < 100
+
+
+def test_the_continuous_bound_does_not_depend_on_the_schedule():
+    """With the exact posterior, and with wrong networks (which take no time)."""
+    for seed in (None, 0, 1):
+        bounds = []
+        for schedule in SCHEDULES:
+            subject = Subject(Masked, MaskedConfig(schedule=schedule))
+            process = subject.ideal(WORLD) if seed is None else subject.wrong(WORLD, seed)
+            bounds.append(integrated_bound(process, WORLD.texts))
+            counted = exact_curve(process, WORLD.texts) @ process.curve_weights(L, None)[0]
+            assert (bounds[-1] - torch.from_numpy(counted)).abs().max() < 1e-6
+        assert all((b - bounds[0]).abs().max() < 1e-6 for b in bounds)
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("length", [8, 64])
+def test_on_a_hidden_markov_model_as_long_as_real_windows_the_bound_is_the_likelihood(name, length):
+    world = hidden_chain(length=length)
+    process = Subject(family(name)).ideal(world)
+    x = world.draw(2, seed=0)
+    for text in x:
+        draws = process.nll(text.expand(600, -1), Noise.of(0, 600)).total
+        error = 4 * float(draws.std()) / 600**0.5 + 1e-9
+        assert abs(float(draws.mean()) + float(world.log_prob(text.unsqueeze(0)))) < error
+
+
+def test_worlds_know_themselves():
+    """Messages against enumeration, and the entropy of a chain against its own texts."""
+    world = hidden_chain(3, 2, 4)
+    texts = torch.tensor(list(itertools.product(range(2), repeat=4)))
+    p = world.log_prob(texts).exp()
+    assert float(p.sum()) == pytest.approx(1)
+    evidence = torch.randn(5, 4, 2, dtype=torch.float64)
+    assert (Table(p.view(2, 2, 2, 2)).context(evidence) - world.context(evidence)).abs().max() < 1e-9
+    small = chain(3, 4)
+    every = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    log_p = small.log_prob(every)
+    assert float(-torch.special.xlogy(log_p.exp(), log_p.exp()).sum()) == pytest.approx(chain_entropy(small))
+    observed = torch.bincount((small.draw(20_000, 0) * 3 ** torch.arange(3, -1, -1)).sum(-1), minlength=81).double()
+    assert misfit(observed, log_p.exp(), 20_000) < 4.5
+
+
+# -- what belongs to one family -----------------------------------------------------------------------------------
+
+
+def test_expected_kl_of_random_groups_is_the_riemann_sum():
+    """E KL = sum_k m_k curve(n_k) - sum_n curve(n) (2510.25544), against the mean of the enumerated KLs by order."""
+    process = Subject(Masked).ideal(WORLD)
+    curve = WORLD.p.numpy() @ exact_curve(process, WORLD.texts)
+    for counts in ([3], [2, 1], [1, 2]):
+        cuts = [0, *itertools.accumulate(counts)]
+        kls = []
+        for order in itertools.permutations(range(L)):
+            log_law, shown = torch.zeros(V**L, dtype=torch.float64), torch.zeros(L, dtype=torch.bool)
+            for a, b in itertools.pairwise(cuts):
+                x = WORLD.texts.masked_fill(~shown, V)
+                log_p = process.predict(State(x, torch.ones(len(x)))).log_p
+                group = list(order[a:b])
+                log_law += log_p.gather(-1, WORLD.texts.unsqueeze(-1)).squeeze(-1)[:, group].sum(-1)
+                shown[group] = True
+            kls.append(float((WORLD.p * (WORLD.log_p - log_law)).sum()))
+        formula = curve @ (count_weights(L, counts) - process.curve_weights(L, None)[0])
+        assert abs(np.mean(kls) - formula) < 1e-9
+
+
+def test_one_position_a_call_samples_the_world_exactly():
+    process = Subject(Masked).ideal(WORLD)
+    for sampler in ("random", "margin", "confidence"):
+        assert (enumerated_law(process, L, L, sampler) - WORLD.p).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("sampler", ["margin", "confidence"])
+def test_ordered_samplers_reveal_where_their_score_is_highest(sampler):
+    process = Subject(Masked).ideal(WORLD)
+    step = process.steps[sampler]
+    for symbols in itertools.product(range(V + 1), repeat=L):
+        x = torch.tensor([symbols])
+        hidden = x == V
+        if int(hidden.sum()) < 2:
+            continue
+        state, s = State(x, torch.ones(1).double()), torch.tensor([(float(hidden.sum()) - 1) / L], dtype=torch.float64)
+        log_p = process.predict(state, hidden).log_p
+        chosen = step.law(state, hidden, Prediction(log_p), s, lambda log_p: log_p).positions[hidden]
+        best = log_p.exp().sort(-1, descending=True).values
+        score = best[:, 0] - best[:, 1] if sampler == "margin" else best[:, 0]
+        assert int(chosen.sum()) == 1 and float(score[chosen]) >= float(score.max()) - 1e-12
+
+
+def test_the_bound_weighted_loss_is_an_unbiased_estimate_of_the_bound():
+    process = Subject(Masked, MaskedConfig(mask_rate="uniform", weight="bound")).wrong(WORLD, 2)
+    x_0, n = WORLD.texts[7:8], 6000
+    draws = process.loss(x_0.expand(n, -1), Noise.of(0, n)).double()
+    exact = float(integrated_bound(process, x_0)[0]) / L
+    assert abs(float(draws.mean()) - exact) < 4 * float(draws.std()) / n**0.5
+
+
+@pytest.mark.parametrize("estimate", ["loss", "nll"])
+def test_stratified_noise_lowers_the_variance(estimate):
+    # Copies: a text costs nothing unless all of it is hidden.
+    process = Subject(Masked, MaskedConfig(mask_rate="uniform", weight="bound")).ideal(copy())
+    x_0 = torch.zeros(12, L, dtype=torch.long)
+
+    def figure(x, noise):
+        out = process.loss(x, noise) if estimate == "loss" else process.nll(x, noise).total
+        return float(out.mean())
+
+    together = [figure(x_0, Noise.of(0, 12, step=s)) for s in range(300)]
+    apart = [np.mean([figure(x_0[:1], Noise(0, np.array([r]), 1, s)) for r in range(12)]) for s in range(300)]
+    assert np.var(together) < 0.8 * np.var(apart)
+    assert abs(np.mean(together) - np.mean(apart)) < 4 * (np.var(apart) / 300 + np.var(together) / 300) ** 0.5
+
+
+# -- negative controls: every known fault is caught ---------------------------------------------------------------
+
+Uniform = load_family(str(HERE / "subjects/uniform_noise.py"))
+
+
+class ScheduleDividedTwice(Masked):
+    """A schedule of times in [0, T] fed with times that were divided by T already: almost no noise at t = 1."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        right = SCHEDULES["linear"]
+        self.schedule = Schedule(
+            "linear", lambda t: right.alpha(t / 50), lambda t: right.derivative(t / 50) / 50, right.inverse
+        )
+        self.steps = unmasking_steps(self.mask, self.schedule)
+
+
+class HeadNotInTheLoss(Masked):
+    """The output head takes no part in the loss."""
+
+    def loss(self, x_0, noise, condition=None):
+        return self.network.embedding(x_0).square().mean((-1, -2))
+
+
+class WeightOneInsteadOfOneOverT(Masked):
+    """The training weight reported as the bound."""
+
+    def rate(self, x_0, state):
+        return super().rate(x_0, state) * state.t
+
+    def nll(self, x_0, noise, calls=None):
+        nll = super().nll(x_0, noise, calls)
+        return type(nll)(nll.diffusion * 0.9, nll.prior, nll.reconstruction, nll.kind, nll.sampler, nll.calls)
+
+
+class EstimatorWithoutItsWeight(Masked):
+    """The enumerated bound is right, and what nll draws is not."""
+
+    def nll(self, x_0, noise, calls=None):
+        nll = super().nll(x_0, noise, calls)
+        return type(nll)(nll.diffusion * 0.9, nll.prior, nll.reconstruction, nll.kind, nll.sampler, nll.calls)
+
+
+class TwoCallsReportedAsOne(Masked):
+    """The bound of T calls is that of 2 T."""
+
+    def curve_weights(self, length, calls, sampler=None):
+        return super().curve_weights(length, None if calls is None else 2 * calls, sampler)
+
+
+class GuidanceWithoutNormalisation(Masked):
+    """Classifier-free guidance as (1 + w) log p, not normalised."""
+
+    def predict(self, state, positions=None, condition=None):
+        return Prediction(super().predict(state, positions, condition).log_p * 1.5)
+
+
+class StartsAtTheWrongNoiseLevel(Uniform):
+    """The chain is run from t = 0.6, its state drawn as for t = 1."""
+
+    def plan(self, length, calls, sampler):
+        return [0.6 * t for t in super().plan(length, calls, sampler)]
+
+    def prior_sample(self, rows, length, noise):
+        state = super().prior_sample(rows, length, noise)
+        return State(state.x, 0.6 * state.t)
+
+
+class DenoiserForTheContext(Uniform):
+    """The denoiser p(x | z) where the leave-one-out posterior belongs: the token's own evidence counts twice."""
+
+    def predict(self, state, positions=None, condition=None):
+        right = super().predict(state, positions, condition)
+        return Prediction(right.log_p, native=right.log_p)
+
+
+class MovedTokenTerm(Uniform):
+    """The score entropy of tokens that have moved, as in two public implementations: x_0 twice, the others scaled."""
+
+    def divergence(self, r, model, state, x_0):
+        right = super().divergence(r, model, state, x_0)
+        v = self.vocabulary
+        moved = (state.x != x_0).unsqueeze(-1)
+        true = torch.nn.functional.one_hot(x_0, v).bool()
+        here = torch.nn.functional.one_hot(state.x, v).bool()
+        # What multiplies log r': r at x_0 and 1 elsewhere; theirs has w = (V - 2) / (V - 1) more there, w elsewhere.
+        wrong = (v - 2) / (v - 1)
+        shift = torch.where(true, wrong, torch.where(here, 0.0, wrong - 1)) * -model.log()
+        return torch.where(moved, right + shift, right)
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    log_p: torch.Tensor
+
+    def select(self, rows):
+        return _Estimate(self.log_p[rows])
+
+
+class CarriedEstimateIgnored(Masked):
+    """The sampler carries its last estimate on; the bound is computed as if it did not."""
+
+    def predict(self, state, positions=None, condition=None):
+        whole = super().predict(state, None, condition).log_p
+        if positions is None:
+            return Prediction(whole)
+        now = whole[positions]
+        if state.memory is not None:
+            now = (now + 3 * state.memory.log_p[positions]).log_softmax(-1)
+        return Prediction(now, memory=_Estimate(whole))
+
+
+CONTROLS = {
+    ScheduleDividedTwice: ["the prior covers q(x_1 | x_0)"],
+    HeadNotInTheLoss: ["after three steps a gradient reaches every parameter"],
+    WeightOneInsteadOfOneOverT: ["bound(x) = -log p(x) for every x"],
+    EstimatorWithoutItsWeight: ["nll estimates the bound"],
+    TwoCallsReportedAsOne: ["random: bound_T(x) >= -log law_T(x)"],
+    GuidanceWithoutNormalisation: ["predictions sum to one"],
+    StartsAtTheWrongNoiseLevel: ["the prior is at t = 1", "bridge: bound_T(x) >= -log law_T(x)"],
+    DenoiserForTheContext: ["bound(x) = -log p(x) for every x", "16 calls come close to the world"],
+    MovedTokenTerm: ["bound(x) = -log p(x) for every x", "a certain text costs nothing"],
+    CarriedEstimateIgnored: ["random: bound_T(x) >= -log law_T(x)"],
+}
+
+
+@pytest.mark.parametrize("fault", CONTROLS, ids=lambda fault: fault.__name__)
+def test_every_known_fault_is_caught_by_the_check_that_is_for_it(fault):
+    missing = list(CONTROLS[fault])
+    for check in verify(fault):
+        if not check.passed:
+            missing = [name for name in missing if name not in check.name]
+        if not missing:
+            return
+    raise AssertionError(f"not caught: {missing}")
+
+
+def test_the_wrong_oracle_is_strictly_worse_on_average():
+    """The denoiser in the place of the leave-one-out posterior costs nats; it does not go unnoticed as noise."""
+    right = integrated_bound(Subject(Uniform).ideal(WORLD), WORLD.texts)
+    wrong = integrated_bound(Subject(DenoiserForTheContext).ideal(WORLD), WORLD.texts)
+    assert float(WORLD.p @ right) == pytest.approx(WORLD.entropy, abs=1e-6)
+    assert float(WORLD.p @ wrong) > WORLD.entropy + 0.01
+
+
+def gumbel_fp32_hits_of_the_tail(rows: int, tail: int, log_p_top: float, log_p_each: float) -> int:
+    """How often the common draw by Gumbel noise of float32 uniforms picks any of ``tail`` equal rare tokens.
+
+    The largest of n uniforms has the law of U^(1/n); rounding to float32's grid keeps order, so it may be drawn alone.
+    """
+    rng = np.random.default_rng(0)
+    grid = 2.0**24
+
+    def gumbel(u):
+        u = np.clip(np.floor(u * grid) / grid, 1 / grid, 1 - 1 / grid)
+        return -np.log(-np.log(u))
+
+    return int((gumbel(rng.random(rows) ** (1 / tail)) + log_p_each > gumbel(rng.random(rows)) + log_p_top).sum())
+
+
+def test_rare_tokens_are_drawn_at_their_rate_where_float32_gumbel_noise_loses_them():
+    """50,000 tokens of 1e-8 each beside one that has the rest (2409.02908)."""
+    tail, each = 50_000, 1e-8
+    log_p = torch.full((1, tail + 1), each, dtype=torch.float64).log()
+    log_p[0, 0] = np.log1p(-tail * each)
+    # Inverse CDF: uniforms spread evenly over the tail's share of [0, 1) must hit evenly spread tokens of the tail.
+    u = 1 - tail * each + tail * each * (torch.arange(64, dtype=torch.float64) + 0.5) / 64
+    hit = torch.cat([draw(log_p, one.view(1)) for one in u])
+    expected = 1 + ((torch.arange(64) + 0.5) / 64 * tail).long()
+    assert (hit - expected).abs().max() <= 1
+    rows = 1_000_000
+    assert gumbel_fp32_hits_of_the_tail(rows, tail, float(log_p[0, 0]), np.log(each)) < 0.2 * rows * tail * each
+
+
+def test_samples_of_a_fault_in_the_code_are_told_from_the_enumerated_law(monkeypatch):
+    """Steps right, draws wrong: chi-square sees it."""
+    import textdiffusion.sampling
+
+    monkeypatch.setattr(textdiffusion.sampling, "draw", lambda log_p, u: draw(log_p * 1.15, u))
+    assert any("samples have the enumerated law" in check.name for check in verify(Masked) if not check.passed)
+
+
+# -- the verifier itself ------------------------------------------------------------------------------------------
+
+
+def test_misfit_knows_a_law_from_another():
+    law = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64)
+    rng = np.random.default_rng(0)
+    counts = torch.from_numpy(rng.multinomial(10_000, law.numpy())).double()
+    assert misfit(counts, law, 10_000) < 4.5
+    assert misfit(counts, torch.tensor([0.47, 0.33, 0.2, 0.0], dtype=torch.float64), 10_000) > 4.5
+    assert misfit(torch.tensor([5000.0, 3000.0, 1999.0, 1.0]), law, 10_000) == float("inf")
+    assert misfit(counts * 0.9, law, 10_000) == float("inf")  # a tenth of the draws were no text
+
+
+def test_wrong_networks_are_wrong_and_deterministic():
+    process = Subject(Masked).ideal(WORLD)
+    network = wrong_network(process, WORLD, 0)
+    x = torch.tensor([[V, 0, V]])
+    assert torch.equal(network(x), network(x))
+    assert (network(x)[0, 0].softmax(-1) - process.network(x)[0, 0].softmax(-1)).abs().max() > 0.05
+
+
+def test_infilling_of_any_pattern_samples_the_exact_conditional():
+    process = Subject(Masked).ideal(WORLD)
+    tokens = WORLD.texts[16]
+    for pattern in itertools.product((False, True), repeat=L):
+        given = torch.tensor(pattern)
+        agrees = (WORLD.texts[:, given] == tokens[given]).all(-1)
+        conditional = WORLD.p * agrees / (WORLD.p * agrees).sum()
+        if not given.all():
+            assert (enumerated_law(process, L, L, "random", tokens, given) - conditional).abs().max() < 1e-12
+        n = 4000
+        *_, last = sample(
+            process, Noise.of(5, n), L, L, tokens=tokens.expand(n, -1), given=given.expand(n, -1), sampler="random"
+        )
+        assert misfit(torch.bincount(WORLD.index(last.tokens), minlength=V**L).double(), conditional, n) < 4.5
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("x = (", "does not run"),
+        ("x = 1", "expected one Process class"),
+        ("raise SystemExit", "does not run"),
+    ],
+)
+def test_files_that_are_no_family_are_refused_in_one_line(tmp_path, text, says):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(UserError, match=says):
+        load_family(str(file))
+    with pytest.raises(UserError, match="there is no file"):
+        load_family(str(tmp_path / "nowhere.py"))
+
+
+def test_families_say_what_they_can_be_tested_on():
+    assert isinstance(Subject(Masked).ideal(WORLD), HasKernel)
+    assert not isinstance(Subject(family("autoregressive")).ideal(WORLD), HasKernel)
