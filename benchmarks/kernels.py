@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,13 @@ def pairs() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     rows, asked = leaf(32, 64, 256), torch.rand(32, 64) < 0.5
     index = asked.flatten().nonzero().squeeze(-1)
     grad_rows = torch.ones(len(index), 256, dtype=torch.bfloat16)
+    # The matrices of a network of 3 blocks of width 192, one Muon each or one Muon for all.
+    shapes = 3 * [(576, 192), (192, 192), (768, 192), (192, 768)]
+    alone, together = ([leaf(*shape, dtype=torch.float32) for shape in shapes] for _ in range(2))
+    for matrix in (*alone, *together):
+        matrix.grad = torch.randn_like(matrix)
+    muons, muon = [torch.optim.Muon([matrix]) for matrix in alone], torch.optim.Muon(together)
+    pool = ThreadPoolExecutor(min(torch.get_num_threads(), 4))
     return {
         "linear map in bfloat16 / float32": (
             lambda: F.linear(half, weight_half).sum().backward(),
@@ -67,6 +75,10 @@ def pairs() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
         "asked rows by index / by mask": (
             lambda: rows.flatten(0, 1).index_select(0, index).backward(grad_rows),
             lambda: rows[asked].backward(grad_rows),
+        ),
+        "Muon's matrices side by side / in turn": (
+            lambda: list(pool.map(lambda one: one.step(), muons)),
+            lambda: muon.step(),
         ),
     }
 

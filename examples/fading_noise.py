@@ -3,9 +3,8 @@
     textdiffusion verify examples/fading_noise.py
 
 q           Token v is hidden at time t with probability h_v(t) = t^(1 + v / V): that it is hidden says something of v.
-predict     softmax of the context logits plus log h_v(t).
-bound       integral over t of E sum over hidden positions of [sum_v p(v) r_v - r_x - r_x log p(x)], where
-            r_v = h_v'(t) / h_v(t) is the rate at which v comes back, and x the true token.
+predict     Softmax of the context logits plus log h_v(t).
+bound       Integral of E sum over hidden positions of [sum_v p(v) r_v - r_x - r_x log p(x)], r_v = h_v' / h_v.
 """
 
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ class Reveal(Step):
     """A hidden position becomes v with probability p(v) (1 - h_v(s) / h_v(t)), and else stays hidden."""
 
     note = "the reversed chain, each position on its own"
+    reverses = True
 
     def __init__(self, process):
         self.hide, self.mask = process.hide, process.mask
@@ -79,9 +79,9 @@ class Fading(Hiding):
 
     def rate(self, x_0, state):
         r, log_p = self.power / state.t.unsqueeze(-1), self.predict(state).log_p
-        back = (log_p.exp() * r.unsqueeze(1)).sum(-1) - r.gather(1, x_0)
-        cross = -log_p.gather(-1, x_0.unsqueeze(-1)).squeeze(-1) * r.gather(1, x_0)
-        return ((back + cross) * (state.x == self.mask)).sum(-1)
+        back, r_x = (log_p.exp() * r.unsqueeze(1)).sum(-1), r.gather(1, x_0)
+        nats = back - r_x - r_x * log_p.gather(-1, x_0.unsqueeze(-1)).squeeze(-1)
+        return nats.masked_fill(state.x != self.mask, 0.0).sum(-1)
 
     def nll(self, x_0, noise, calls=None):
         if calls is not None:

@@ -171,6 +171,21 @@ def test_a_prompt_is_kept(name):
         assert int(frames[-1].calls.max()) <= L - 3
 
 
+@pytest.mark.parametrize("calls", [3, 100])
+def test_a_text_does_not_depend_on_the_templates_that_share_its_batch(name, calls):
+    process, x = shaken(name), texts(4)
+    given = torch.arange(L) < torch.tensor([[0], [3], [6], [8]])
+    for sampler in process.steps:
+        *_, together = sample(process, Noise.of(2, 4), L, calls, sampler=sampler, tokens=x, given=given)
+        for i in range(4):
+            row = slice(i, i + 1)
+            *_, alone = sample(
+                process, Noise.of(2, 4).select(row), L, calls, sampler=sampler, tokens=x[row], given=given[row]
+            )
+            assert torch.equal(alone.tokens[0], together.tokens[i])
+            assert int(alone.calls[0]) == int(together.calls[i])
+
+
 def test_overfits_one_batch(name):
     process = make(name)
     x_0 = texts(4)

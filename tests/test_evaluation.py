@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from textdiffusion.enumeration import exact_curve
 from textdiffusion.evaluation import BITS, evaluate, text_statistics, whole_words
 from textdiffusion.families.autoregressive import Autoregressive
 from textdiffusion.families.masked import Masked, MaskedConfig
-from textdiffusion.verify import Subject
+from textdiffusion.verification import Subject
+from textdiffusion.verification.enumeration import exact_curve
 from textdiffusion.worlds import random_table
 
 V, L = 3, 3

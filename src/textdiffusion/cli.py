@@ -337,7 +337,7 @@ def _numbers(text: str) -> list[int]:
 
 def _verify(args: argparse.Namespace) -> int:
     from textdiffusion.families import load_family, names
-    from textdiffusion.verify import verify
+    from textdiffusion.verification import verify
 
     found: dict[str, list[dict[str, Any]]] = {}
     failed = 0

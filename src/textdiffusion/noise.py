@@ -16,7 +16,7 @@ made on the host, in float64, and moved to the device.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -67,18 +67,27 @@ class Noise:
         counter = np.array([0, row & _MASK64, self.step & _MASK64, 0], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
+    def _streams(self, tag: str) -> Iterator[np.random.Generator]:
+        """``_generator`` for each of the rows; one object set to the start of each stream in turn, which is cheaper."""
+        generator = self._generator(tag, 0)
+        start = generator.bit_generator.state
+        for row in self.rows:
+            start["state"]["counter"][1] = int(row) & _MASK64
+            generator.bit_generator.state = start
+            yield generator
+
     def uniform(self, tag: str, *shape: int) -> Tensor:
         """Uniform draws in [0, 1), float64 [B, *shape]."""
         out = np.empty((len(self.rows), *shape))
-        for i, row in enumerate(self.rows):
-            out[i] = self._generator(tag, int(row)).random(shape)
+        for i, stream in enumerate(self._streams(tag)):
+            out[i] = stream.random(shape)
         return torch.from_numpy(out).to(self.device)
 
     def normal(self, tag: str, *shape: int) -> Tensor:
         """Standard normal draws, float64 [B, *shape]."""
         out = np.empty((len(self.rows), *shape))
-        for i, row in enumerate(self.rows):
-            out[i] = self._generator(tag, int(row)).standard_normal(shape)
+        for i, stream in enumerate(self._streams(tag)):
+            out[i] = stream.standard_normal(shape)
         return torch.from_numpy(out).to(self.device)
 
     def stratified(self, tag: str) -> Tensor:
@@ -93,7 +102,7 @@ class Noise:
             stride += 1
         shift = int(self._generator(tag, _SHARED).integers(total))
         stratum = (self.rows % total * stride + shift) % total
-        jitter = np.array([self._generator(tag, int(row)).random() for row in self.rows])
+        jitter = np.array([stream.random() for stream in self._streams(tag)])
         # A jitter just under one could round the quotient up to 1.
         times = np.minimum((stratum + jitter) / total, np.nextafter(1.0, 0.0))
         return torch.from_numpy(times).to(self.device)

@@ -122,6 +122,8 @@ class Step(ABC):
     """
 
     note: ClassVar[str]  # one line for the user
+    # True: the step is the noise's chain reversed, each position on its own: sum over v of p(v | x_t) q(x_s | x_t, v).
+    reverses: ClassVar[bool] = False
 
     @abstractmethod
     def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
@@ -154,6 +156,7 @@ class Process(ABC):
     paper: ClassVar[str]  # where it comes from
     bounded: ClassVar[bool]  # True: no text longer than the training window
     infills: ClassVar[bool]  # False: fixed positions must form a prefix
+    remembers: ClassVar[bool] = False  # True: predictions depend on what came before, carried in State.memory
     steps: Mapping[str, Step]  # by name; the first is the default
     space: Discrete | Gaussian
 
@@ -217,7 +220,7 @@ class Process(ABC):
 class HasKernel(Protocol):
     """A discrete process whose noise acts on each position on its own, in continuous time.
 
-    Its bound is KL(q(x_1 | x_0) || prior) + integral over t of E rate; tests enumerate it.
+    Its bound is KL(q(x_1 | x_0) || prior) + integral over t of E rate; verification enumerates it.
     """
 
     def kernel(self, s: float, t: float) -> Tensor:

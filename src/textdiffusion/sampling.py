@@ -89,31 +89,38 @@ def sample(
     start = noise.at(0)
     if tokens is None or given is None:
         state = process.prior_sample(rows, length, start)
-        free = length
     else:
         state = process.template(tokens, given, start)
-        free = int((~given).sum(-1).max())
     written = process.decode(state)
     fixed = torch.zeros_like(written, dtype=torch.bool) if state.given is None else state.given
     confidence = fixed.double()
     made = torch.zeros(rows, dtype=torch.long)
-    times = process.plan(free, calls, name) if free else [1.0, 0.0]
-    yield Frame(0, len(times) - 1, 1.0, written.clone(), confidence.clone(), made.clone())
+    # Every row goes by the plan for its own number of free positions, whatever rows it shares a batch with; one that
+    # comes to the end of its plan stands still there.
+    free = (~fixed).sum(-1).tolist()
+    plans = {count: list(process.plan(count, calls, name)) if count else [1.0, 0.0] for count in set(free)}
+    longest = max(map(len, plans.values()))
+    times = torch.tensor(
+        [plans[count] + [0.0] * (longest - len(plans[count])) for count in free], dtype=torch.float64
+    ).to(written.device)
+    yield Frame(0, longest - 1, 1.0, written.clone(), confidence.clone(), made.clone())
 
     # Rows with nothing to write leave before the start.
     active = (~fixed).any(-1).nonzero().squeeze(-1)
     if len(active) < rows:
         state = state.select(active)
-    for k, time in enumerate(times[1:], 1):
+    for k in range(1, longest):
         now = noise.select(active).at(k)
-        s = torch.full((len(active),), time, dtype=torch.float64, device=written.device)
-        asked = step.ask(state, s, now)
+        s = times[active, k]
+        asked = step.ask(state, s, now) & (s < state.t).unsqueeze(-1)
         asking = asked.any(-1)
-        if state.memory is not None and not bool(asking.all()):
-            # A family with a memory asks until a row is finished: such rows leave the batch for good.
-            keep = asking.nonzero().squeeze(-1)
-            state, active, asked, s, now = state.select(keep), active[keep], asked[keep], s[keep], now.select(keep)
-            asking = asking[keep]
+        if process.remembers:
+            # Finished rows leave for good; all others are evaluated, so that what they remember goes on together.
+            unfinished = asking | (process.decode(state) < 0).any(-1)
+            if not bool(unfinished.all()):
+                keep = unfinished.nonzero().squeeze(-1)
+                state, active, asked, s, now = state.select(keep), active[keep], asked[keep], s[keep], now.select(keep)
+            asking = asked.any(-1) | bool(asked.any())
         before = network.evaluations
         if bool(asking.any()):
             some = asking.nonzero().squeeze(-1)
@@ -135,7 +142,7 @@ def sample(
             confidence[active] = torch.where(drawn, probability, confidence[active])
         state = replace(state, t=s)
         written[active] = process.decode(state)
-        yield Frame(k, len(times) - 1, time, written.clone(), confidence.clone(), made.clone())
+        yield Frame(k, longest - 1, float(times[:, k].max()), written.clone(), confidence.clone(), made.clone())
 
 
 def _advance(
@@ -151,6 +158,8 @@ def _advance(
 ) -> tuple[State, Tensor]:
     """One network call and one step; also the probability [B L] of each token drawn in it, 0 elsewhere."""
     prediction = process.predict(state, asked, None if condition is None else condition[rows])
+    if prediction.memory is not None and not process.remembers:
+        raise ValueError(f"{type(process).__name__} carries a memory from step to step: it must say remembers = True")
     law = step.law(state, asked, prediction, s, reshape)
     x = state.x.clone()
     x[law.positions] = draw(law.log_p, noise.uniform("token", x.shape[1])[law.positions])

@@ -10,6 +10,7 @@ import platform
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -136,15 +137,20 @@ class Learner:
         matrices = [p for p in network.hidden_matrices() if p.requires_grad]  # type: ignore[operator]
         chosen = {id(p) for p in matrices}
         rest = [p for p in network.parameters() if p.requires_grad and id(p) not in chosen]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(rest, lr=config.rate, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
-        ]
-        if matrices:
-            self.optimizers.append(
-                torch.optim.Muon(
-                    matrices, lr=config.matrix_rate, momentum=config.momentum, weight_decay=config.weight_decay
-                )
+        self.adamw = torch.optim.AdamW(
+            rest, lr=config.rate, betas=(0.9, config.beta2), weight_decay=config.weight_decay
+        )
+        # One Muon a matrix, so that they can be stepped side by side: each is a chain of products too small to fill a
+        # processor, and in turn they take a quarter of a step.
+        self.muons = [
+            torch.optim.Muon(
+                [matrix], lr=config.matrix_rate, momentum=config.momentum, weight_decay=config.weight_decay
             )
+            for matrix in matrices
+        ]
+        on_cpu = bool(matrices) and matrices[0].device.type == "cpu"
+        workers = min(torch.get_num_threads(), 4) if on_cpu else 1
+        self.pool = ThreadPoolExecutor(workers) if workers > 1 else None
         self.step = 0
         self.seconds = 0.0
         self.average = AveragedModel(network, multi_avg_fn=self._mix)  # type: ignore[arg-type]
@@ -187,14 +193,23 @@ class Learner:
                 "--set training.rate and training.matrix_rate, or with --set training.precision=fp32"
             )
         factor = learning_rate_factor(progress, self.config)
-        for optimizer, rate in zip(self.optimizers, (self.config.rate, self.config.matrix_rate), strict=False):
+        for optimizer, rate in [(self.adamw, self.config.rate)] + [(m, self.config.matrix_rate) for m in self.muons]:
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.adamw.step()
+        if self.pool is None:
+            for muon in self.muons:
+                muon.step()
+        else:
+            list(self.pool.map(lambda muon: muon.step(), self.muons))
+        self.network.zero_grad(set_to_none=True)
         self.step += 1
         self.average.update_parameters(self.network)
         return loss_sum.item()
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.adamw, *self.muons]
 
     # -- state ----------------------------------------------------------------------------------------------------
     def tensors(self) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ class Codes(Process):
     def nll(self, x_0, noise, calls=None):
         if calls is not None:
             raise UserError("this bound is for continuous time only")
-        from textdiffusion.enumeration import prior_term
+        from textdiffusion.verification.enumeration import prior_term
 
         nats = self.rate(x_0, self.q_sample(x_0, noise.stratified("time"), noise))
         last = self.reconstruction(x_0, self.q_sample(x_0, torch.zeros(len(x_0), dtype=torch.float64), noise))

@@ -18,6 +18,7 @@ from textdiffusion.process import Categorical, Discrete, Nll, Prediction, Proces
 
 class Bridge(Step):
     note = "the reversed chain, each position on its own"
+    reverses = True
 
     def __init__(self, process):
         self.process = process

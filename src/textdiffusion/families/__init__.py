@@ -39,10 +39,12 @@ def load_family(name: str) -> type[Process]:
     path = Path(name)
     if not path.is_file():
         raise UserError(f"there is no file {name}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own: a user's random.py must not take the place of Python's.
+    module_name = f"textdiffusion_family_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look their module up
+    sys.modules[module_name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
     except UserError:

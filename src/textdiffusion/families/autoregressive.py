@@ -52,6 +52,7 @@ class Autoregressive(Hiding):
     paper: ClassVar[str] = "the usual causal language model"
     bounded: ClassVar[bool] = False
     infills: ClassVar[bool] = False
+    remembers: ClassVar[bool] = True
 
     def __init__(self, network: Network, config: AutoregressiveConfig, vocabulary: int, *, start: int = 0):
         super().__init__(network, config, vocabulary, start=start)

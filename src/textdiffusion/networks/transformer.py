@@ -220,7 +220,9 @@ class Block(nn.Module):
         cache: Cache | None,
         layer: int,
     ) -> Tensor:
-        modulation = None if self.modulation is None or c is None else self.modulation(c).unsqueeze(1).chunk(6, -1)
+        modulation = None
+        if self.modulation is not None and c is not None:
+            modulation = self.modulation(c if c.dim() == 3 else c.unsqueeze(1)).chunk(6, -1)
         past = None if cache is None else (cache.keys[layer], cache.values[layer])
         for part, (norm, convolution) in enumerate(
             ((self.norm_attention, self.conv_attention), (self.norm_feed, self.conv_feed))
@@ -242,7 +244,7 @@ class Transformer(nn.Module):
 
     ``forward(x, t=None, condition=None, positions=None, cache=None, at=None)``:
         x: symbols, int64 [B L].
-        t: times in [0, 1], [B]; needed if and only if ``config.time``.
+        t: times in [0, 1], [B] or by position [B L]; needed if and only if ``config.time``.
         condition: class labels, int64 [B], -1 for none; optional if ``config.classes``.
         positions: bool [B L]; outputs are computed for these positions only.
         cache, at: for causal networks: a cache to read and write, and the positions int64 [B L] that x stands at.
@@ -336,18 +338,18 @@ class Transformer(nn.Module):
         return self.head(self.norm(h))
 
     def _condition(self, x: Tensor, t: Tensor | None, condition: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """The vector [B D] that modulates every block, or None."""
+        """What modulates every block: [B D], or [B L D] if times differ by position, or None."""
         c = None
         if self.time is not None:
             if t is None:
-                raise ValueError("this network is conditioned on time: pass t [B]")
+                raise ValueError("this network is conditioned on time: pass t, [B] or [B L]")
             frequency = torch.exp(torch.linspace(0, math.log(1000.0), 32, device=x.device))
             angle = t.float().unsqueeze(-1) * frequency
             c = self.time(torch.cat((angle.sin(), angle.cos()), -1).to(dtype))
         if self.classes is not None:
             label = x.new_full((len(x),), -1) if condition is None else condition
             embedded = self.classes(label + 1).to(dtype)
-            c = embedded if c is None else c + embedded
+            c = embedded if c is None else c + (embedded if c.dim() == 2 else embedded.unsqueeze(1))
         return None if c is None else F.silu(c)
 
     def _mask(self, at: Tensor, seen: Tensor) -> Tensor | None:

@@ -29,6 +29,7 @@ class Ancestral(Step):
     """Each hidden position is revealed on its own with probability (a_s - a_t) / (1 - a_t) (MDLM, 2406.07524)."""
 
     note = "each hidden position is revealed independently, as the reverse process says; has a T-call bound"
+    reverses = True
 
     def __init__(self, mask: int, schedule: Schedule):
         self.mask, self.schedule = mask, schedule

@@ -1,7 +1,7 @@
 """Exact laws and bounds of any family on a world small enough to enumerate; float64 throughout.
 
 Everything goes through the one interface (process.py): the kernel or the signal of the noise, the integrand of the
-bound, the law of each reverse step. Verification (verify.py) compares the results with each other and with the code.
+bound, the law of each reverse step. The other files here compare the results with each other and with the code.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot, pad
 
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
-from textdiffusion.process import HasCurve, HasKernel, HasSignal, Network, Process, State, Step
-from textdiffusion.worlds import World
+from textdiffusion.process import HasCurve, HasKernel, HasSignal, Process, State, Step
+from textdiffusion.worlds import Table
 
 NODES = 80  # of the quadrature over time
 NORMAL_NODES = 41  # of the quadrature over each real of a Gaussian state
@@ -53,10 +54,12 @@ def noisy_states(process: Process, x_0: Tensor, t: float) -> tuple[Tensor, Tenso
         weights = np.exp(-(nodes**2) / 2)
         size = length * mean.shape[-1]
         grid = torch.tensor(list(itertools.product(nodes.tolist(), repeat=size)), dtype=torch.float64)
-        weight = torch.tensor(list(itertools.product((weights / weights.sum()).tolist(), repeat=size))).prod(-1)
+        weight = torch.tensor(
+            list(itertools.product((weights / weights.sum()).tolist(), repeat=size)), dtype=torch.float64
+        ).prod(-1)
         z = mean.unsqueeze(1) + sigma * grid.view(1, -1, *mean.shape[1:])
         row = torch.arange(rows).repeat_interleave(len(grid))
-        return row, z.flatten(0, 1), weight.double().repeat(rows)
+        return row, z.flatten(0, 1), weight.repeat(rows)
     raise UserError(f"{type(process).__name__} gives neither a kernel nor a signal to enumerate")
 
 
@@ -109,51 +112,70 @@ def call_bound(process: Any, x_0: Tensor, calls: int, sampler: str) -> np.ndarra
     nll = process.nll(x_0, Noise.of(0, len(x_0)))
     if nll.kind == "exact" and nll.sampler == sampler:
         return np.asarray(nll.total.double())
-    if isinstance(process, HasKernel):
+    alone = process.steps[sampler].reverses and not process.remembers
+    if alone and isinstance(process, HasKernel):
         return kernel_call_bound(process, x_0, calls, sampler)
     raise UserError(f"no bound is known for the sampler {sampler!r}")
+
+
+def _step_laws(process: Any, states: Tensor, t: float, s: float, sampler: str) -> Tensor:
+    """Law of each position after the step from t to s, float64 [N L S], whatever the step asks about."""
+    step, size = process.steps[sampler], process.kernel(0.0, 1.0).shape[0]
+    time = torch.tensor([s], dtype=torch.float64)
+    which, share, asks = [], [], []
+    for i, x in enumerate(states):
+        for probability, asked in step.asks(at_time(x.unsqueeze(0), t), time):
+            which.append(i)
+            share.append(probability)
+            asks.append(asked)
+    asked = torch.cat(asks)
+    state = at_time(states[which], t)
+    found = step.law(state, asked, process.predict(state, asked), time.expand(len(which)), lambda log_p: log_p)
+    laws = one_hot(state.x, size).double()
+    laws[found.positions] = pad(found.log_p.double().exp(), (0, size - found.log_p.shape[-1]))
+    weight = torch.tensor(share, dtype=torch.float64).view(-1, 1, 1)
+    return torch.zeros(*states.shape, size, dtype=torch.float64).index_add(0, torch.tensor(which), weight * laws)
 
 
 def kernel_call_bound(process: Any, x_0: Tensor, calls: int, sampler: str) -> np.ndarray:
     """KL(q(x_1 | x_0) || prior) + sum over steps of E KL(q(x_s | x_t, x_0) || law of the step), nats [B].
 
-    For samplers that ask about all positions that may change and whose law is that of one step of the reversed chain.
-
-    Raises:
-        UserError: a sampler that chooses positions.
+    For samplers whose step moves each position on its own.
     """
-    step, length = process.steps[sampler], x_0.shape[1]
     total = prior_term(process, x_0)
-    size = process.kernel(0.0, 1.0).shape[0]
-    for t, s in itertools.pairwise(process.plan(length, calls, sampler)):
+    for t, s in itertools.pairwise(process.plan(x_0.shape[1], calls, sampler)):
         row, states, chance = noisy_states(process, x_0, t)
-        time = torch.tensor([s], dtype=torch.float64)
-        to, at_s = process.kernel(s, t), process.kernel(0.0, s)
-        bridge = at_s[x_0[row]] * to.T[states]  # [N L S], q(x_s | x_0) q(x_t | x_s)
+        bridge = process.kernel(0.0, s)[x_0[row]] * process.kernel(s, t).T[states]  # q(x_s | x_0) q(x_t | x_s)
         bridge = bridge / bridge.sum(-1, keepdim=True)
-        unique, inverse = states.unique(dim=0, return_inverse=True)
-        laws = torch.zeros(len(unique), length, size, dtype=torch.float64)
-        for i, x in enumerate(unique):
-            state = at_time(x.unsqueeze(0), t)
-            asks = list(step.asks(state, time))
-            if len(asks) != 1:
-                raise UserError(f"no bound is known for the sampler {sampler!r}")
-            law = laws[i] = torch.nn.functional.one_hot(x, size).double()
-            if bool(asks[0][1].any()):
-                found = step.law(state, asks[0][1], process.predict(state, asks[0][1]), time, lambda log_p: log_p)
-                law[found.positions[0]] = torch.nn.functional.pad(
-                    found.log_p.double().exp(), (0, size - found.log_p.shape[-1])
-                )
-            laws[i] = law
-        kl = (torch.special.xlogy(bridge, bridge) - torch.special.xlogy(bridge, laws[inverse])).sum((-1, -2))
+        unique, which = states.unique(dim=0, return_inverse=True)
+        laws = _step_laws(process, unique, t, s, sampler)[which]
+        kl = (torch.special.xlogy(bridge, bridge) - torch.special.xlogy(bridge, laws)).sum((-1, -2))
         total = total.index_add(0, row, chance * kl)
     return total.numpy()
 
 
+def reversed_chain_error(process: Any, world: Table, sampler: str) -> float:
+    """Largest difference, over all states of a run of 3 calls, of a position's law after a step from what the reversed
+    chain gives it: sum over v of p(v | x_t) q(x_s | x_t, v)."""
+    worst = 0.0
+    for t, s in itertools.pairwise(process.plan(world.length, 3, sampler)):
+        states = noisy_states(process, world.texts, t)[1].unique(dim=0)
+        p = process.predict(at_time(states, t)).log_p.double().exp()  # [N L V]
+        from_v, at_t = process.kernel(0.0, s)[: world.vocabulary], process.kernel(0.0, t)[: world.vocabulary]
+        joint = from_v[:, :, None] * process.kernel(s, t)[None]  # [V, symbol at s, symbol at t]
+        bridge = (joint / at_t[:, None].clamp(min=1e-300)).permute(2, 0, 1)  # [symbol at t, V, symbol at s]
+        expected = torch.einsum("nlv,nlvs->nls", p, bridge[states])
+        error = float((_step_laws(process, states, t, s, sampler) - expected).abs().max())
+        worst = error if not error <= worst else worst
+    return worst
+
+
 @dataclass(frozen=True)
 class _Ways:
-    """Ways that a run can have gone: where each stands [n L], its probability [n], and what the family remembers of it
-    (None for all, if it remembers nothing: then ways to the same symbols are one)."""
+    """Ways that a run can have gone: where each stands [n L], its probability [n], and what the family remembers of it.
+
+    For a family that remembers nothing, ways to the same symbols are one.
+    """
 
     x: Tensor
     chance: Tensor
@@ -179,13 +201,13 @@ def enumerated_law(
         first = process.template(tokens.unsqueeze(0), given.unsqueeze(0), noise)
     else:
         first = process.prior_sample(1, length, noise)
-    ways = _Ways(first.x, torch.ones(1, dtype=torch.float64), None)
+    x, chance = first.x, torch.ones(1, dtype=torch.float64)
     if isinstance(process, HasKernel):
         prior = process.prior_law()
         symbols = torch.cartesian_prod(*[prior.nonzero().squeeze(-1)] * int(free.sum())).view(-1, int(free.sum()))
-        x = first.x.repeat(len(symbols), 1)
+        x, chance = first.x.repeat(len(symbols), 1), prior[symbols].prod(-1)
         x[:, free] = symbols
-        ways = _Ways(x, prior[symbols].prod(-1), None)
+    ways = _Ways(x, chance, [None] * len(x) if process.remembers else None)
     times, now = process.plan(int(free.sum()), calls, sampler), first.t
     for time in times[1:]:
         s = torch.tensor([time], dtype=torch.float64)
@@ -202,42 +224,43 @@ def _after(process: Process, step: Step, ways: _Ways, t: Tensor, s: Tensor, give
     """All ways after one step."""
     start, share, asks = [], [], []
     for i, x in enumerate(ways.x):
-        for probability, asked in step.asks(State(x.unsqueeze(0), t, given), s):
+        memory = None if ways.memory is None else ways.memory[i]
+        for probability, asked in step.asks(State(x.unsqueeze(0), t, given, memory), s):
             if probability * float(ways.chance[i]) > 0:
                 start.append(i)
                 share.append(probability * float(ways.chance[i]))
                 asks.append(asked)
-    chance, asked = torch.tensor(share, dtype=torch.float64), torch.cat(asks)
-    waits = ~asked.any(-1)
-    x, row = [ways.x[start][waits]], [torch.arange(len(start))[waits]]
-    p = [torch.ones(int(waits.sum()), dtype=torch.float64)]
-    memory = [ways.memory[start[i]] for i in row[0]] if ways.memory is not None else []
+    asked, here = torch.cat(asks), ways.x[start]
+    stands: list[Tensor] = []
+    chance: list[Tensor] = []
+    after: list[Any] = []
+    moving = asked.any(-1)
+    for i in (~moving).nonzero().squeeze(-1).tolist():
+        stands.append(here[i : i + 1])
+        chance.append(torch.tensor([share[i]], dtype=torch.float64))
+        after.append(None if ways.memory is None else ways.memory[start[i]])
     # Without a memory one network call serves all; with one, each way is a call of its own.
-    moving = torch.arange(len(start))[~waits]
-    for part in [moving] if ways.memory is None and len(moving) else moving.unsqueeze(-1):
+    index = moving.nonzero().squeeze(-1)
+    for part in ([index] if ways.memory is None else index.unsqueeze(-1)) if len(index) else []:
         remembered = None if ways.memory is None else ways.memory[start[int(part[0])]]
-        here = ways.x[[start[i] for i in part]]
-        state = State(here, t.expand(len(part)), None if given is None else given.expand(len(part), -1), remembered)
+        state = State(
+            here[part], t.expand(len(part)), None if given is None else given.expand(len(part), -1), remembered
+        )
         prediction = process.predict(state, asked[part])
-        if prediction.memory is not None and len(part) > 1:
-            # The first step of a family that remembers: from here on, way by way.
-            alone = _Ways(ways.x, ways.chance, [None] * len(ways.x))
-            return _after(process, step, alone, t, s, given)
         law = step.law(state, asked[part], prediction, s.expand(len(part)), lambda log_p: log_p)
         sizes = law.positions.sum(-1).tolist()
-        for i, one, positions, log_p in zip(part, here, law.positions, law.log_p.split(sizes), strict=True):
-            y, q = _outcomes(one, positions, log_p.double().exp())
-            x.append(y)
-            p.append(q)
-            row.append(i.expand(len(y)))
-            memory += [prediction.memory] * len(y)
-    return _Ways(
-        torch.cat(x), torch.cat(p) * chance[torch.cat(row)], None if all(m is None for m in memory) else memory
-    )
+        for i, positions, log_p in zip(part.tolist(), law.positions, law.log_p.split(sizes), strict=True):
+            y, q = _outcomes(here[i], positions, log_p.double().exp())
+            stands.append(y)
+            chance.append(share[i] * q)
+            after += [prediction.memory] * len(y)
+    return _Ways(torch.cat(stands), torch.cat(chance), after if process.remembers else None)
 
 
 def _outcomes(x: Tensor, positions: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """Every text [K L] that independent draws from p [M S] at M positions of x [L] can lead to, and its chance [K]."""
+    if not len(p):
+        return x.unsqueeze(0), torch.ones(1, dtype=torch.float64)
     size = p.shape[-1]
     symbols = torch.cartesian_prod(*[torch.arange(size)] * len(p)).view(-1, len(p))
     chance = p.gather(1, symbols.T).prod(0)
@@ -247,44 +270,24 @@ def _outcomes(x: Tensor, positions: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     return y, chance
 
 
-def wrong_network(process: Process, world: World, seed: int) -> Network:
-    """A network that is wrong, differently for every noisy text: the ideal outputs, disturbed by what it reads.
-
-    Its disturbance at a position is a function of the positions up to it, so that a causal family may use it too.
-    """
-    ideal = process.ideal(world.context)
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    reading = random(world.length, getattr(process.space, "size", 1) + 1, world.length, world.vocabulary)
-
-    def network(x: Tensor, *args: Any, positions: Tensor | None = None, **kwargs: Any) -> Tensor:
-        places = torch.arange(x.shape[1])
-        read = reading[places, x] if x.dim() == 2 else x.mean(-1)[..., None, None] * reading[places, 0]
-        out = ideal(x, *args, **kwargs).clamp(min=-20)
-        out = out + 2 * torch.sin(3 * read.cumsum(1))[:, places, places]
-        return out if positions is None else out[positions]
-
-    return network
-
-
 def misfit(observed: Tensor, law: Tensor, rows: int) -> float:
-    """How far counts over all outcomes are from a law of ``rows`` draws, in standard deviations of chi-square.
+    """How improbable counts over all outcomes are, were the law right: -log10 of chi-square's tail.
 
-    Cells of expectation under 5 are pooled with draws that had no outcome; infinite where something was drawn that
-    cannot be.
+    Draws that had no outcome are a cell of their own, of what the law lacks to one; cells of small expectation are
+    pooled. Infinite where something was drawn that cannot be.
     """
-    if float(observed[law <= 0].sum()) > 0:
+    lost, lacking = rows - float(observed.sum()), 1 - float(law.sum())
+    if float(observed[law <= 0].sum()) > 0 or (lost > 0 and lacking < 1e-9):
         return math.inf
-    expected = law * rows
-    big = expected >= 5
-    e = torch.cat((expected[big], (rows - expected[big].sum()).clamp(min=0).unsqueeze(0)))
-    o = torch.cat((observed[big], (rows - observed[big].sum()).unsqueeze(0)))
-    if float(e[-1]) < 1e-6 * rows:  # nothing to pool but rounding
-        if float(o[-1]) > 0:
-            return math.inf
-        e, o = e[:-1], o[:-1]
-    degrees = max(len(e) - 1, 1)
-    return (float(((o - e) ** 2 / e).sum()) - degrees) / (2 * degrees) ** 0.5
+    e = torch.cat((law[law > 0] * rows, torch.tensor([max(lacking, 0.0) * rows], dtype=torch.float64)))
+    o = torch.cat((observed[law > 0], torch.tensor([lost], dtype=torch.float64)))
+    order = e.argsort()
+    e, o = e[order], o[order]
+    pooled = int((e.cumsum(0) < 5).sum()) + 1
+    e = torch.cat((e[:pooled].sum().unsqueeze(0), e[pooled:]))
+    o = torch.cat((o[:pooled].sum().unsqueeze(0), o[pooled:]))
+    if len(e) < 2:
+        return 0.0
+    chi_square = ((o - e) ** 2 / e).sum()
+    degrees = torch.tensor((len(e) - 1) / 2, dtype=torch.float64)
+    return -math.log10(max(float(torch.special.gammaincc(degrees, chi_square / 2)), 1e-300))

@@ -1,0 +1,125 @@
+"""The reverse process: do samplers draw the law that their steps state, and are their bounds bounds?"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from textdiffusion.errors import UserError
+from textdiffusion.noise import Noise
+from textdiffusion.process import HasKernel
+from textdiffusion.sampling import sample
+from textdiffusion.verification.enumeration import call_bound, enumerated_law, misfit, reversed_chain_error
+from textdiffusion.verification.subject import DRAWS, IMPROBABLE, ROUNDING, Check, L, Subject, V, most
+from textdiffusion.worlds import random_table
+
+WORLD = random_table(V, L)
+
+
+def _drawn(process: Any, calls: int, sampler: str, rows: int, **template: Any) -> Tensor:
+    """Counts over all texts of what the code samples, float64 [V^L]; unwritten texts are left out."""
+    *_, last = sample(process, Noise.of(11, rows), L, calls, sampler=sampler, **template)
+    written = last.tokens[(last.tokens >= 0).all(-1)]
+    return torch.bincount(WORLD.index(written), minlength=V**L).double()
+
+
+def sampler(subject: Subject, name: str) -> Iterator[Check]:
+    """The law of a sampler's texts, the code's draws, and the bound of T calls."""
+    rows, ideal = DRAWS, subject.ideal(WORLD)
+    step = ideal.steps[name]
+    if step.reverses and isinstance(ideal, HasKernel):
+        yield Check(
+            f"{name}: its step is the reversed chain's, each position on its own",
+            reversed_chain_error(ideal, WORLD, name),
+            ROUNDING,
+            "the law of a step is not sum over v of p(v | x_t) q(x_s | x_t, v)",
+        )
+    worst, unfinished, apart = 0.0, 0.0, []
+    # What a family remembers multiplies the ways that a run can go.
+    many = 6 if ideal.remembers else 16
+    for calls in (1, 2, 4, many):
+        law = enumerated_law(ideal, L, calls, name)
+        unfinished = most(unfinished, abs(float(law.sum()) - 1))
+        apart.append(0.5 * float((law - WORLD.p).abs().sum()))
+        if calls <= 4:
+            worst = most(worst, misfit(_drawn(ideal, calls, name, rows), law, rows))
+    wrong = subject.wrong(WORLD, 0)
+    worst = most(worst, misfit(_drawn(wrong, 4, name, rows), enumerated_law(wrong, L, 4, name), rows))
+    yield Check(f"{name}: every text is finished", unfinished, ROUNDING, "the law of the samples does not sum to one")
+    yield Check(f"{name}: samples have the enumerated law", worst, IMPROBABLE, "the code draws from another law")
+    if len(ideal.plan(L, many, name)) > len(ideal.plan(L, 1, name)):
+        shown = ", ".join(f"{x:.3f}" for x in apart)
+        yield Check(
+            f"{name}: many calls come close to the world",
+            apart[-1],
+            max(apart[0] * 4 / many, ROUNDING),
+            f"total variation at 1, 2, 4, {many} calls: {shown}",
+        )
+    else:
+        yield Check(f"{name}: samples are the world's", apart[0], ROUNDING, f"total variation: {apart[0]:.3f}")
+    yield from _call_bounds(subject, name)
+
+
+def _call_bounds(subject: Subject, name: str) -> Iterator[Check]:
+    ideal = subject.ideal(WORLD)
+    below, unequal, average, exact = -math.inf, 0.0, [], False
+    for calls in (1, 2, 4):
+        for model in (ideal, subject.wrong(WORLD, 0), subject.wrong(WORLD, 1)):
+            try:
+                bound = torch.from_numpy(call_bound(model, WORLD.texts, calls, name))
+            except UserError:
+                return  # none is claimed for this sampler
+            law = enumerated_law(model, L, calls, name)
+            below = most(below, (-law.log() - bound).max())
+            unequal = most(unequal, (law.log() + bound).abs().max())
+            if model is ideal:
+                average.append(float(WORLD.p @ bound))
+        exact = model.nll(WORLD.texts, Noise.of(0, len(WORLD.texts))).kind == "exact"
+    if exact:
+        yield Check(
+            f"{name}: nll is -log of the law of the samples, right and wrong models", unequal, 1e-8, "not exact"
+        )
+        return
+    yield Check(
+        f"{name}: bound_T(x) >= -log law_T(x) for every x",
+        below,
+        1e-8,
+        "for the exact or a wrong model, what is called the bound of T calls is below what they give",
+    )
+    rise = most(*(later - earlier for earlier, later in itertools.pairwise(average)))
+    yield Check(
+        f"{name}: the bound falls along T, 2T, 4T, not below the entropy",
+        most(rise, WORLD.entropy - average[-1]),
+        ROUNDING,
+        "with the exact posterior, more calls make a worse bound, or one that is too good",
+    )
+
+
+def infilling(subject: Subject, name: str) -> Iterator[Check]:
+    """The law of an infilled template against the exact conditional."""
+    ideal, rows = subject.ideal(WORLD), DRAWS
+    given = torch.tensor([False, True, False] if ideal.infills else [True, False, False])
+    tokens = WORLD.texts[16]
+    agrees = (WORLD.texts[:, given] == tokens[given]).all(-1)
+    conditional = WORLD.p * agrees / (WORLD.p * agrees).sum()
+    law_of = partial(enumerated_law, ideal, L, sampler=name, tokens=tokens, given=given)
+    counts = _drawn(ideal, 16, name, rows, tokens=tokens.expand(rows, -1), given=given.expand(rows, -1))
+    law = law_of(calls=16)
+    changed = float(counts[~agrees].sum()) + rows - float(counts.sum())
+    yield Check(f"{name}: infilling keeps what is given", changed, 0, "given positions were changed, or gaps left")
+    yield Check(
+        f"{name}: infilling draws the enumerated law", misfit(counts, law, rows), IMPROBABLE, "another law is drawn"
+    )
+    apart = [0.5 * float((x - conditional).abs().sum()) for x in (law_of(calls=1), law)]
+    yield Check(
+        f"{name}: infilling comes close to the exact conditional",
+        apart[1],
+        max(apart[0] / 4, ROUNDING),
+        f"total variation at 1 and 16 calls: {apart[0]:.3f}, {apart[1]:.3f}",
+    )
