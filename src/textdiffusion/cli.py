@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -180,15 +181,17 @@ def _demo(args: argparse.Namespace) -> int:
     console.rule("3. it fills gaps, anywhere")
     model.watch(1, infill="The ________ of the ________ is a string.", seed=args.seed)
     console.rule("4. what this is, and is not")
+    # After `make demo` the command is in a virtual environment that nobody has activated.
+    me = "textdiffusion" if shutil.which("textdiffusion") else sys.argv[0]
     console.print(
         f"""{args.minutes:g} minutes teach a small network the spelling and the habits of its text: most words are
 words, many pairs of them fit, sentences do not hold together. More time, more text and a larger network give more.
 
 Try next:
-  textdiffusion sample {path} --watch --calls 8           the same in 8 network calls: faster, rougher
-  textdiffusion sample {path} --infill "Return the ____"  fill gaps; an underscore is one token
-  textdiffusion eval {path} --calls 1,2,4,8,16,32         bits per character, and what fewer calls cost
-  textdiffusion train --data my.txt --minutes 20                your own text
+  {me} sample {path} --watch --calls 8           the same in 8 network calls: faster, rougher
+  {me} sample {path} --infill "Return the ____"  fill gaps; an underscore is one token
+  {me} eval {path} --calls 1,2,4,8,16,32         bits per character, and what fewer calls cost
+  {me} train --data my.txt --minutes 20 {" " * max(len(str(path)) - 1, 0)}    your own text
 The run is in {path}.""",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
