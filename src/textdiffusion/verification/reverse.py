@@ -63,6 +63,9 @@ def sampler(subject: Subject, name: str) -> Iterator[Check]:
         )
     else:
         yield Check(f"{name}: samples are the world's", apart[0], ROUNDING, f"total variation: {apart[0]:.3f}")
+    if step.reverses:
+        rise = most(*(later - earlier for earlier, later in itertools.pairwise(apart)))
+        yield Check(f"{name}: total variation falls along T, 2T, 4T", rise, ROUNDING, "more calls are worse")
     yield from _call_bounds(subject, name)
 
 
