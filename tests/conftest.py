@@ -5,6 +5,9 @@ import sys
 
 # Before torch is imported: the tests compare runs bit for bit, which is promised on the CPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# pytest-xdist runs a process a core; threads of theirs, or of the commands they start, would only wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 from pathlib import Path
 

@@ -54,10 +54,27 @@ def test_loading_leaves_the_callers_randomness_alone(folder, masked):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_text_does_not_depend_on_how_many_are_written(masked):
-    many = masked.sample(n=40, seed=3, calls=6)  # more than are denoised together
-    assert many[:2] == masked.sample(n=2, seed=3, calls=6)
+@pytest.mark.parametrize("name", ["masked", "autoregressive"])
+def test_a_text_does_not_depend_on_how_many_are_written(name, request):
+    model = request.getfixturevalue(name)
+    many = model.sample(n=40, seed=3, calls=16, reproducible=True)  # more than are denoised together
+    for n in (1, 2, 11):
+        assert model.sample(n=n, seed=3, calls=16, reproducible=True) == many[:n]
     assert len(set(many)) > 30
+
+
+def test_samples_are_made_in_the_precision_asked_for(folder):
+    exact, fast = (td.load(folder / "masked", precision=precision) for precision in ("fp32", "bf16"))
+    assert exact.writer is exact.process
+    assert {p.dtype for p in fast.writer.network.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in fast.process.network.parameters()} == {torch.float32}  # for likelihoods
+    x = torch.randint(0, 20, (2, 16))
+    coarse, fine = fast.writer.network(x), exact.writer.network(x)
+    assert coarse.dtype == torch.bfloat16
+    assert 0 < (coarse - fine).abs().max() < 0.02 * fine.abs().max() + 0.02
+    assert all(len(text) == 24 for text in fast.sample(n=3))
+    with pytest.raises(td.UserError, match="--precision"):
+        td.load(folder / "masked", precision="fp8")
 
 
 def test_infilling(masked, pieces):

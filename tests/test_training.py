@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from textdiffusion.training import (
     TrainingConfig,
     fastest_precision,
     learning_rate_factor,
+    micro_batch_for,
     train,
     tune_allocator,
 )
@@ -166,3 +169,41 @@ def test_bfloat16_learns_as_well_as_float32():
             out.append(float(np.mean(losses[-50:])))
     spread = max(np.ptp(finals[torch.float32]), 0.02)
     assert abs(np.mean(finals[torch.float32]) - np.mean(finals[torch.bfloat16])) < spread
+
+
+def test_micro_batches_fit_the_cache_and_the_memory():
+    assert micro_batch_for(64, 100) == 32
+    assert micro_batch_for(4096, 100) == 1  # never none
+    assert micro_batch_for(256, 50_257) * 256 * 50_257 <= 2**26
+
+
+MEMORY = """
+import resource, sys, torch
+from textdiffusion.noise import Noise
+from textdiffusion.run import RunConfig, build
+from textdiffusion.sampling import sample
+from textdiffusion.training import Learner, TrainingConfig
+family, what = sys.argv[1:]
+process = build(RunConfig(family=family, network={"depth": 1, "width": 32, "heads": 1, "window": 256},
+                          vocabulary=50_257, training=TrainingConfig(steps=9)))
+x = torch.randint(0, 50_257, (16, 256))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if what == "train":
+    process.network.compute_dtype = torch.bfloat16
+    Learner(process.network, TrainingConfig(steps=9)).learn(process, x, Noise.of(0, 16))
+else:
+    for frame in sample(process, Noise.of(0, 16), 256, 32, tokens=x, given=torch.arange(256).expand(16, -1) < 192):
+        if frame.step == 3 or family == "autoregressive" and frame.step == 8:
+            break
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.parametrize(("family", "what", "most"), [
+    ("masked", "train", 800), ("autoregressive", "train", 1100),
+    ("masked", "sample", 200), ("autoregressive", "sample", 200),
+])  # fmt: skip
+def test_memory_with_a_large_vocabulary(family, what, most):
+    """16 windows of 256 tokens, 50,257 symbols: B L V numbers in float32 alone would be 785 MB."""
+    run = subprocess.run([sys.executable, "-c", MEMORY, family, what], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < most, run.stdout

@@ -52,6 +52,7 @@ def test_every_family_passes_every_check_in_time(name):
     assert time.process_time() - begin < 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [s for s in SCHEDULES if s != "linear"])
 def test_the_masked_family_is_right_under_every_schedule(schedule):
     assert faults(Masked, MaskedConfig(schedule=schedule)) == []
@@ -332,23 +333,31 @@ class BoundWithoutTheRatePenalty(Masked):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.steps = {"ancestral": Hesitant(self.mask, self.schedule)}
+        self.steps = {"free": FreeRates(self.mask, self.schedule)}
 
     curve_point = None
+
+    def predict(self, state, positions=None, condition=None):
+        logits = self.network(state.x, condition=condition, positions=positions)
+        symbols = state.x if positions is None else state.x[positions]
+        # Right for the exact posterior, whose outputs are normalised.
+        return Prediction(carry_over(logits, symbols, self.mask), native=(2 * logits.logsumexp(-1)).exp())
 
     def nll(self, x_0, noise, calls=None):
         if calls is not None:
             raise UserError("in continuous time only")
         state = self.q_sample(x_0, noise.stratified("time"), noise)
         nats = self.rate(x_0, state)
-        return Nll(nats, 0 * nats, 0 * nats, "upper", "ancestral")
+        return Nll(nats, 0 * nats, 0 * nats, "upper", "free")
 
     def plan(self, length, calls, sampler):
         return [1 - k / calls for k in range(calls)] + [0.0]
 
 
-class Hesitant(Ancestral):
-    """Positions are revealed at half the rate."""
+class FreeRates(Ancestral):
+    """Positions are revealed at rates of their own."""
+
+    reverses = False
 
     def ask(self, state, s, noise):
         return state.x == self.mask
@@ -359,8 +368,8 @@ class Hesitant(Ancestral):
     def law(self, state, asked, prediction, s, reshape):
         row = asked.nonzero()[:, 0]
         chance = self.probability(state.t, s)[row]
-        chance = torch.where(s[row] == 0, 1.0, 0.5 * chance)
-        p = prediction.log_p.exp() * chance.unsqueeze(-1)
+        chance = torch.where(s[row] == 0, 1.0, (chance * prediction.native).clamp(max=1))
+        p = reshape(prediction.log_p).exp() * chance.unsqueeze(-1)
         return Categorical(asked, torch.cat((p, 1 - p.sum(-1, keepdim=True)), -1).clamp(min=0).log())
 
 
@@ -441,6 +450,138 @@ class SignalDividedTwice(Codes):
         return super().log_snr(t / 50)
 
 
+class RateHalved(Uniform):
+    """The integrand is half of what it should be."""
+
+    def rate(self, x_0, state):
+        return 0.5 * super().rate(x_0, state)
+
+
+class EstimateAsTokensIgnored(Masked):
+    """Self-conditioning on the likeliest tokens; the bound is computed as if there were none."""
+
+    remembers = True
+
+    def predict(self, state, positions=None, condition=None):
+        estimate = None if state.memory is None else state.memory.log_p
+        whole = carry_over(self.network(state.x, positions=None, estimate=estimate), state.x, self.mask)
+        return Prediction(whole if positions is None else whole[positions], memory=_Estimate(whole.argmax(-1)))
+
+
+class EstimateTooLow(Uniform):
+    """The bound is right; what nll estimates is a tenth below it."""
+
+    def nll(self, x_0, noise, calls=None):
+        nll = super().nll(x_0, noise, calls)
+        return replace(nll, diffusion=0.9 * nll.diffusion)
+
+
+class FirstTokenFree(Masked):
+    """Texts that begin with the last token cost a third less."""
+
+    def _cross_entropy(self, x_0, hidden, condition=None):
+        return super()._cross_entropy(x_0, hidden, condition) * torch.where(x_0[:, 0] == V - 1, 0.7, 1.0)
+
+    def rate(self, x_0, state):
+        weight = -self.schedule.derivative(state.t) / (1 - self.schedule.alpha(state.t))
+        return weight * Masked._cross_entropy(self, x_0, state.x == self.mask)
+
+
+class RowsReadEachOther(Masked):
+    """Every row is charged the mean of its batch: the mean is right, standard errors are not."""
+
+    def nll(self, x_0, noise, calls=None):
+        nll = super().nll(x_0, noise, calls)
+        return replace(nll, diffusion=nll.diffusion.mean().expand(len(x_0)))
+
+
+class Deaf(Ancestral):
+    """A step that does not listen to temperature."""
+
+    def law(self, state, asked, prediction, s, reshape):
+        return Categorical(asked, prediction.log_p)
+
+
+class TemperatureIgnored(Masked):
+    """Its first sampler is deaf."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps = self.steps | {"ancestral": Deaf(self.mask, self.schedule)}
+
+
+class LossTurnedOver(Masked):
+    """Gradient ascent."""
+
+    def loss(self, x_0, noise, condition=None):
+        return -super().loss(x_0, noise, condition)
+
+
+class ReadsWhatItPredicts(Autoregressive):
+    """A network that looks both ways under a left-to-right likelihood."""
+
+    remembers = False
+
+    @classmethod
+    def network_fields(cls, config, vocabulary):
+        return super().network_fields(config, vocabulary) | {"attention": "bidirectional"}
+
+    def predict(self, state, positions=None, condition=None):
+        logits = self.network(self._inputs(state.x), condition=condition, positions=positions)
+        symbols = state.x if positions is None else state.x[positions]
+        return Prediction(carry_over(logits, symbols, self.mask))
+
+
+class LikelihoodOfNobody(Masked):
+    """A likelihood that belongs to no sampler there is, so that nothing can contradict it."""
+
+    def nll(self, x_0, noise, calls=None):
+        return replace(super().nll(x_0, noise, calls), kind="exact", sampler="chain rule")
+
+
+class OneCallMoreThanSaid(Masked):
+    """Asked for one call it makes two, and says that its bound is of one."""
+
+    def plan(self, length, calls, sampler):
+        return super().plan(length, max(calls, 2), sampler)
+
+    def curve_weights(self, length, calls, sampler=None):
+        weights, made = super().curve_weights(length, calls, sampler)
+        return weights, calls if calls == 1 else made
+
+
+class PromptForgotten(Masked):
+    """What is given at the very beginning is hidden like all else."""
+
+    def template(self, tokens, given, noise):
+        state = super().template(tokens, given, noise)
+        return replace(state, x=torch.cat((torch.full_like(tokens[:, :1], self.mask), state.x[:, 1:]), 1))
+
+
+class TooSure(type(unmasking_steps(V, SCHEDULES["linear"])["margin"])):
+    """An ordered step that sharpens what it draws from."""
+
+    def law(self, state, asked, prediction, s, reshape):
+        right = super().law(state, asked, prediction, s, reshape)
+        return Categorical(right.positions, (1.15 * right.log_p).log_softmax(-1))
+
+
+class TooSureInItsOrder(Masked):
+    """The margin sampler is a little too sure."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        margin = self.steps["margin"]
+        self.steps = self.steps | {"margin": TooSure(self.mask, self.schedule, margin.score, margin.note)}
+
+
+class KernelThatLosesMass(Masked):
+    """Rows of the kernel sum to less than one."""
+
+    def kernel(self, s, t):
+        return super().kernel(s, t) * (1 - 0.01 * (t - s))
+
+
 CONTROLS = {
     ScheduleDividedTwice: ["the prior covers q(x_1 | x_0)"],
     SignalDividedTwice: ["q(x_1 | x_0) is the prior, but for 0.01 nat"],
@@ -456,7 +597,20 @@ CONTROLS = {
     DenoiserForTheContext: ["bound(x) = -log p(x) for every x", "its step is the reversed chain's"],
     MovedTokenTerm: ["bound(x) = -log p(x) for every x", "a certain text costs nothing"],
     CarriedEstimateIgnored: ["random: bound_T(x) >= -log law_T(x)"],
-    BoundWithoutTheRatePenalty: ["the bound of T calls goes to the continuous one"],
+    BoundWithoutTheRatePenalty: ["bound(x) >= -log of the law of many calls"],
+    RateHalved: ["the bound of T calls goes to the continuous one"],
+    EstimateAsTokensIgnored: ["random: bound_T(x) >= -log law_T(x)"],
+    EstimateTooLow: ["nll estimates the bound"],
+    FirstTokenFree: ["nll estimates the bound", "curve_point estimates the curve"],
+    RowsReadEachOther: ["the same row has the same draws in any batch"],
+    TemperatureIgnored: ["temperature and top-p reach every step"],
+    LossTurnedOver: ["the loss prefers the truth"],
+    ReadsWhatItPredicts: ["a real network's likelihoods sum to one"],
+    LikelihoodOfNobody: ["nll says whose likelihood the bound is"],
+    OneCallMoreThanSaid: ["random: it makes no more calls than its bound is for"],
+    PromptForgotten: ["random: infilling keeps what is given"],
+    TooSureInItsOrder: ["margin: one position a call samples the world"],
+    KernelThatLosesMass: ["the kernel is a law"],
     Tempered: ["bound(x) = -log p(x) for every x", "its step is the reversed chain's"],
     NoiseAtTheStart: ["no noise at t = 0", "q_sample draws the kernel"],
     KernelOfTheWrongTime: ["Chapman-Kolmogorov"],
@@ -568,6 +722,10 @@ def test_infilling_of_any_pattern_samples_the_exact_conditional():
         ("x = (", "does not run"),
         ("x = 1", "expected one Process class"),
         ("raise SystemExit", "does not run"),
+        (
+            "from textdiffusion.process import Process\nclass A(Process): ...\nclass B(Process): ...\n",
+            "mine.py: expected one Process class, found 2: A, B",
+        ),
     ],
 )
 def test_files_that_are_no_family_are_refused_in_one_line(tmp_path, text, says):
@@ -577,6 +735,20 @@ def test_files_that_are_no_family_are_refused_in_one_line(tmp_path, text, says):
         load_family(str(file))
     with pytest.raises(UserError, match="there is no file"):
         load_family(str(tmp_path / "nowhere.py"))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"Config": dataclass(type("NeedsA", (), {"__annotations__": {"a": int}}))},
+        {"steps": property(lambda self: 1 / 0)},
+        {"__init__": lambda self, *args, **kwargs: (_ for _ in ()).throw(SystemExit(0))},
+        {"kernel": lambda self, s, t: (_ for _ in ()).throw(SystemExit(0))},
+    ],
+)
+def test_a_family_that_cannot_be_built_or_called_fails_a_check_that_says_so(fault):
+    broken = type("Broken", (Uniform,), fault)
+    assert any("gets through" in check.name and not check.passed for check in verify(broken))
 
 
 def test_families_say_what_they_can_be_tested_on():

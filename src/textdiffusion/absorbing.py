@@ -69,8 +69,11 @@ def carry_over(logits: Tensor, symbols: Tensor, mask: int) -> Tensor:
     Normalised in float32 at least: half precision is the network's business.
     """
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    shown = symbols != mask
+    if not bool(shown.any()):
+        return log_p  # as in sampling, which asks about hidden positions: nothing of size V to copy
     certain = torch.full_like(log_p, -torch.inf).scatter_(-1, symbols.clamp(max=mask - 1).unsqueeze(-1), 0.0)
-    return torch.where((symbols != mask).unsqueeze(-1), certain, log_p)
+    return torch.where(shown.unsqueeze(-1), certain, log_p)
 
 
 def hidden_evidence(x: Tensor, mask: int) -> Tensor:

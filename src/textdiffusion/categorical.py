@@ -24,10 +24,11 @@ def draw(log_p: Tensor, uniform: Tensor) -> Tensor:
     Raises:
         UserError: log_p is not a number, as that of a network gone astray.
     """
-    p = (log_p.double() - log_p.double().amax(-1, keepdim=True)).exp()
-    if bool(p.isnan().any()):
-        raise UserError("the network's output is not a number; its weights are damaged, or training went astray")
+    p = log_p.double()
+    p = (p - p.amax(-1, keepdim=True)).exp_()
     cdf = p.cumsum(-1)
+    if bool(cdf[:, -1].isnan().any()):
+        raise UserError("the network's output is not a number; its weights are damaged, or training went astray")
     # uniform < 1 makes the target smaller than the last entry; the rounding of the product is caught by the clamp
     # to the last index with mass.
     target = uniform.unsqueeze(-1) * cdf[:, -1:]

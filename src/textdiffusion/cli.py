@@ -88,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", metavar="TEXT", help="how the texts begin")
     p.add_argument("--infill", metavar="TEXT", help='text with gaps, one underscore a token: "The ____ sat"')
     p.add_argument("--watch", action="store_true", help="show the denoising")
+    p.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+                   help="of the network (default: auto, what this machine multiplies faster)")  # fmt: skip
+    p.add_argument("--reproducible", action="store_true",
+                   help="the same texts bit for bit whatever -n: fp32, in batches of eight")  # fmt: skip
 
     p = verb("eval", _eval, "measure bits per character of held-out text")
     p.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run directory (default: the newest under runs/)")
@@ -278,7 +282,9 @@ def _dry_run(args: argparse.Namespace, config: RunConfig) -> int:
 def _sample(args: argparse.Namespace) -> int:
     from textdiffusion.model import load
 
-    model = load(args.run, args.device)
+    if args.watch and args.reproducible:
+        raise UserError("--watch shows one batch as it is; leave out --reproducible, or --watch")
+    model = load(args.run, args.device, args.precision)
     how = {
         "sampler": args.sampler, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
         "prompt": args.prompt, "infill": args.infill,
@@ -286,7 +292,7 @@ def _sample(args: argparse.Namespace) -> int:
     if args.watch and not args.json:
         model.watch(args.n, args.length, args.calls, **how)
         return 0
-    texts, calls = model.sample_counted(args.n, args.length, args.calls, **how)
+    texts, calls = model.sample_counted(args.n, args.length, args.calls, reproducible=args.reproducible, **how)
     sampler = next(iter(model.process.steps)) if args.sampler == "auto" else args.sampler
     if args.json:
         print(json.dumps({"samples": [{"text": t, "calls": c} for t, c in zip(texts, calls)], "calls": max(calls),
@@ -350,8 +356,8 @@ def _verify(args: argparse.Namespace) -> int:
             print(f"{name}\n{'':6}{'figure':>10} {'at most':>9}  check", flush=True)
         for check in verify(family):
             failed += not check.passed
-            figure = check.figure if math.isfinite(check.figure) else None  # JSON has no infinity
-            found[name].append(vars(check) | {"figure": figure, "passed": check.passed})
+            numbers = {k: v if math.isfinite(v) else None for k, v in vars(check).items() if isinstance(v, float)}
+            found[name].append(vars(check) | numbers | {"passed": check.passed})  # JSON has no infinity
             if not args.json:
                 verdict = "ok" if check.passed else "FAIL"
                 print(f"{verdict:<6}{check.figure:>10.3g} {check.tolerance:>9.2g}  {check.name}", flush=True)

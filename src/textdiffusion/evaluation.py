@@ -82,7 +82,7 @@ def evaluate(
     sampler: str | None = None,
     draws: int = 1,
     seed: int = 0,
-    batch: int = 128,
+    batch: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Report:
     """Bits per character of held-out windows.
@@ -98,7 +98,7 @@ def evaluate(
         sampler: whose T-call bound; None takes the family's first.
         draws: noisy copies of each window, for families whose bound is estimated.
         seed: of the noise; a part of the protocol.
-        batch: windows in a network call.
+        batch: windows in a network call; None: up to 128, and at most 2^26 logits.
     Raises:
         UserError: a sampler that is not there, or without a known bound.
     """
@@ -113,6 +113,7 @@ def evaluate(
     for length in sorted({len(w) for w in windows}):
         chosen = np.array([i for i, w in enumerate(windows) if len(w) == length])
         x = torch.from_numpy(np.stack([windows[i] for i in chosen]).astype(np.int64)).to(device)
+        size = batch or max(1, min(128, 2**26 // (length * len(characters))))
         if isinstance(process, HasCurve):
             copies = draws
             if length == longest and len(chosen) > 1:
@@ -120,9 +121,9 @@ def evaluate(
                 # figures are as unbiased, but there is no curve, and they are less sharp.
                 needed = -(-2 * length // len(chosen))
                 copies = max(draws, needed if needed <= max(draws, MOST_COPIES) else draws)
-            curve, sums = _by_curve(process, x, sizes[chosen], budgets, sampler, copies, seed, batch)
+            curve, sums = _by_curve(process, x, sizes[chosen], budgets, sampler, copies, seed, size)
         else:
-            sums = _by_draws(process, x, sizes[chosen], budgets, draws, seed, batch)
+            sums = _by_draws(process, x, sizes[chosen], budgets, draws, seed, size)
         for j, part in enumerate(sums):
             totals[j] += part.nats
             spread[j, chosen] = part.spread

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from textdiffusion.errors import UserError
 from textdiffusion.evaluation import evaluate
 from textdiffusion.families import family, names
 from textdiffusion.fit import Stopped, fit
+from textdiffusion.networks.transformer import Transformer
 from textdiffusion.noise import Noise
 from textdiffusion.presets import configure
 from textdiffusion.process import Process
@@ -21,17 +24,44 @@ from textdiffusion.run import RUNS, Run, RunConfig, newest_run
 from textdiffusion.sampling import sample
 from textdiffusion.template import Template, gaps, prompt
 from textdiffusion.tokenizer import Tokenizer
+from textdiffusion.training import Precision, fastest_precision, tune_allocator
 from textdiffusion.watching import TextFrame, watch
 
 BATCH = 32  # texts denoised together
+FIXED_BATCH = 8  # the same, where shapes must not depend on how many texts are asked for
 LONGEST = 1_000_000  # tokens; more is a slip of the finger
 
 
 class Model:
-    """A run, loaded. Made by `load` or `train`."""
+    """A run, loaded. Made by `load` or `train`.
 
-    def __init__(self, process: Process, tokenizer: Tokenizer, config: RunConfig, device: str = "cpu"):
+    ``process`` computes likelihoods, in float32; ``writer`` samples, in the precision asked for.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        tokenizer: Tokenizer,
+        config: RunConfig,
+        device: str = "cpu",
+        precision: Precision = "auto",
+    ):
         self.process, self.tokenizer, self.config, self.device = process, tokenizer, config, device
+        if precision not in get_args(Precision):
+            raise UserError(f"--precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
+        self.precision = precision
+        tune_allocator()
+
+    @cached_property
+    def writer(self) -> Process:
+        """The process that samples: with weights in bfloat16 where that is faster, or asked for."""
+        precision = self.precision
+        if precision == "auto":
+            precision = fastest_precision(torch.device(self.device))
+        network = self.process.network
+        if precision == "fp32" or not isinstance(network, Transformer):
+            return self.process
+        return self.process.over(copy.deepcopy(network).hold(torch.bfloat16))
 
     @property
     def window(self) -> int:
@@ -78,7 +108,6 @@ class Model:
         prompt: str | None = None,
         infill: str | None = None,
         first_row: int = 0,
-        rows_in_all: int | None = None,
     ) -> Iterator[TextFrame]:
         """Denoise n texts together, frame by frame.
 
@@ -90,6 +119,7 @@ class Model:
             temperature, top_p: sharpen or cut the law of each token.
             seed: the same seed gives the same draws, whatever n.
             prompt: a given beginning. infill: a text in which each underscore is a free token.
+            first_row: number of the first text; its draws follow from that.
         Raises:
             UserError: a value out of range, or something that the family cannot do.
         """
@@ -104,7 +134,7 @@ class Model:
         elif length is None:
             length = self.window
         self._check_length(length)
-        noise = Noise(seed, np.arange(first_row, first_row + n), rows_in_all or n, device=self.device)
+        noise = Noise(seed, np.arange(first_row, first_row + n), n, device=self.device)
         tokens = given = None
         if template is not None:
             tokens = template.tokens.to(self.device).expand(n, -1)
@@ -113,7 +143,7 @@ class Model:
         sampler = None if sampler == "auto" else sampler
         known = torch.zeros(n, length, dtype=torch.bool) if given is None else given.cpu()
         for frame in sample(
-            self.process, noise, length, calls or max(free, 1), sampler=sampler, tokens=tokens, given=given,
+            self.writer, noise, length, calls or max(free, 1), sampler=sampler, tokens=tokens, given=given,
             temperature=temperature, top_p=top_p,
         ):  # fmt: skip
             yield TextFrame(frame, known, self.tokenizer)
@@ -123,19 +153,36 @@ class Model:
         return self.sample_counted(n, length, calls, **how)[0]
 
     def sample_counted(
-        self, n: int = 4, length: int | None = None, calls: int | None = None, **how: Any
+        self,
+        n: int = 4,
+        length: int | None = None,
+        calls: int | None = None,
+        *,
+        reproducible: bool = False,
+        **how: Any,
     ) -> tuple[list[str], list[int]]:
-        """The same, with the network calls that each text took."""
+        """The same, with the network calls that each text took.
+
+        Args:
+            reproducible: text number i is the same, bit for bit, for any n on the same machine: in float32, and in
+                batches of exactly eight, of which what is not asked for is thrown away. Else only the draws are the
+                same, and a draw that falls on the edge between two tokens may go either way.
+        """
         if n < 1:
             raise UserError(f"-n must be at least 1, not {n}")
+        if reproducible and self.writer is not self.process:
+            return Model(self.process, self.tokenizer, self.config, self.device, "fp32").sample_counted(
+                n, length, calls, reproducible=True, **how
+            )
         texts: list[str] = []
         made: list[int] = []
-        for first in range(0, n, BATCH):
-            part = min(BATCH, n - first)
-            *_, last = self.stream(part, length, calls, **how, first_row=first, rows_in_all=n)
+        size = FIXED_BATCH if reproducible else BATCH
+        for first in range(0, n, size):
+            part = size if reproducible else min(size, n - first)
+            *_, last = self.stream(part, length, calls, **how, first_row=first)
             texts += last.texts
             made += last.frame.calls.tolist()
-        return texts, made
+        return texts[:n], made[:n]
 
     def infill(self, template: str, n: int = 1, calls: int | None = None, **how: Any) -> list[str]:
         """Fill the gaps of a template, n times; each underscore is one free token, and \\_ a literal one."""
@@ -178,15 +225,18 @@ def pick_device(device: str) -> str:
     return device
 
 
-def load(path: str | Path | None = None, device: str = "auto") -> Model:
+def load(path: str | Path | None = None, device: str = "auto", precision: Precision = "auto") -> Model:
     """Load a run directory; None takes the newest under runs/.
 
+    Args:
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        precision: what to sample in: "fp32", "bf16", or "auto" for what this machine multiplies faster.
     Raises:
         UserError: there is no run, or it is damaged.
     """
     device = pick_device(device)
     run = Run.open(Path(path) if path is not None else newest_run())
-    return Model(run.load(device), run.tokenizer, run.config, device)
+    return Model(run.load(device), run.tokenizer, run.config, device, precision)
 
 
 def new_run_path(family_name: str, data: str) -> Path:

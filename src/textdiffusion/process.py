@@ -118,7 +118,7 @@ class Step(ABC):
     """One reverse step of a family whose states are discrete: what to ask the network, and the law that follows.
 
     A step draws nothing but the positions it asks about: sampling.py draws the symbols, for every family. So the law
-    of a whole run can be enumerated on a small world (verify.py).
+    of a whole run can be enumerated on a small world (verification/).
     """
 
     note: ClassVar[str]  # one line for the user

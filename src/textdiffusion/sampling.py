@@ -115,12 +115,13 @@ def sample(
         asked = step.ask(state, s, now) & (s < state.t).unsqueeze(-1)
         asking = asked.any(-1)
         if process.remembers:
-            # Finished rows leave for good; all others are evaluated, so that what they remember goes on together.
+            # Finished rows leave for good; all others are evaluated in every step, also where they ask nothing, so that
+            # what a row remembers does not depend on the rows that share its batch.
             unfinished = asking | (process.decode(state) < 0).any(-1)
             if not bool(unfinished.all()):
                 keep = unfinished.nonzero().squeeze(-1)
                 state, active, asked, s, now = state.select(keep), active[keep], asked[keep], s[keep], now.select(keep)
-            asking = asked.any(-1) | bool(asked.any())
+            asking = torch.ones_like(unfinished[unfinished])
         before = network.evaluations
         if bool(asking.any()):
             some = asking.nonzero().squeeze(-1)

@@ -35,7 +35,7 @@ class TrainingConfig:
     steps: int | None = None  # optimiser steps; exactly resumable
     minutes: float | None = None  # or wall-clock time
     batch: int = 32  # windows in an optimiser step, over all micro-batches and processes
-    micro_batch: int = 32  # windows in one forward and backward pass
+    micro_batch: int | None = None  # windows in one forward and backward pass; None: what stays in the cache
     matrix_rate: float = 0.01  # learning rate of Muon, for the matrices inside the blocks
     rate: float = 0.012  # learning rate of AdamW, for all else
     weight_decay: float = 0.0
@@ -67,10 +67,20 @@ class TrainingConfig:
             ("clip", 1e-9, 1e9), ("warmup", 0, 1), ("cooldown", 0, 1), ("average", 1e-6, 1),
             ("checkpoint_seconds", 0, 1e9),
         ):  # fmt: skip
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"training.{name} must be from {low:g} to {high:g}, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"training.{name} must be from {low:g} to {high:g}, not {value}")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise UserError(f"training.precision must be auto, bf16 or fp32, not {self.precision!r}")
+
+
+def micro_batch_for(length: int, vocabulary: int) -> int:
+    """Windows of ``length`` tokens for one forward and backward pass.
+
+    2,048 tokens: more of them leave the cache between forward and backward (benchmarks/), fewer cost more calls than
+    arithmetic. With large vocabularies what counts is memory: at most 2^26 logits.
+    """
+    return max(1, min(2048, 2**26 // vocabulary) // length)
 
 
 def tune_allocator() -> None:
@@ -176,9 +186,10 @@ class Learner:
         """
         self.network.train()
         progress, total = self.progress, len(x_0)
+        size = self.config.micro_batch or micro_batch_for(x_0.shape[1], process.vocabulary)
         loss_sum = torch.zeros((), dtype=torch.float64)
-        for begin in range(0, total, self.config.micro_batch):
-            part = slice(begin, begin + self.config.micro_batch)
+        for begin in range(0, total, size):
+            part = slice(begin, begin + size)
             label = None if condition is None else condition[part]
             # Dropout draws from torch's own generator: it is seeded by what the draws are for, and put back.
             with torch.random.fork_rng(devices=[]):

@@ -36,7 +36,7 @@ class Bridge(Step):
         size = self.process.vocabulary
         row = asked.nonzero()[:, 0]
         a_s, a_t = (1 - s)[row].unsqueeze(-1), (1 - state.t)[row].unsqueeze(-1)
-        at_s = a_s * prediction.native.exp() + (1 - a_s) / size
+        at_s = a_s * reshape(prediction.native).exp() + (1 - a_s) / size
         stay = a_t / a_s
         there = stay * one_hot(state.x[asked], size) + (1 - stay) / size
         return Categorical(asked, (at_s * there).log().log_softmax(-1))
@@ -104,7 +104,10 @@ class Uniform(Process):
     def nll(self, x_0, noise, calls=None):
         if calls is not None:
             raise UserError("this bound is for continuous time only")
-        nats = self.rate(x_0, self.q_sample(x_0, noise.stratified("time").clamp(1e-9, 1 - 1e-9), noise))
+        # Times of density 1 / (2 sqrt t): the rate is about 1 / t where a token has moved, with chance t, so that times
+        # drawn evenly would give an estimate of infinite variance.
+        root = noise.stratified("time").clamp(1e-6, 1 - 1e-9)
+        nats = 2 * root * self.rate(x_0, self.q_sample(x_0, root.square(), noise))
         return Nll(nats, 0 * nats, 0 * nats, "upper", "bridge")
 
     def loss(self, x_0, noise, condition=None):

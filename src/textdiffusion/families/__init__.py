@@ -56,13 +56,14 @@ def load_family(name: str) -> type[Process]:
 
 def find_process(module: object) -> type[Process]:
     """The one Process class defined in a module."""
-    found = [
+    here = getattr(module, "__name__", "")
+    found = {
         value
         for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, Process)
-        and value.__module__ == getattr(module, "__name__", "")
-    ]
+        if isinstance(value, type) and issubclass(value, Process) and value.__module__ == here
+    }
     if len(found) != 1:
-        raise UserError(f"{getattr(module, '__name__', module)}: expected one Process class, found {len(found)}")
-    return found[0]
+        names = f": {', '.join(sorted(cls.__name__ for cls in found))}" if found else ""
+        place = getattr(module, "__file__", here)
+        raise UserError(f"{place}: expected one Process class, found {len(found)}{names}; leave one in the file")
+    return found.pop()

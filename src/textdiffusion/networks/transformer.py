@@ -294,6 +294,11 @@ class Transformer(nn.Module):
         """The 2-D weights inside the blocks: what Muon is for."""
         return [p for name, p in self.blocks.named_parameters() if p.dim() == 2 and "conv" not in name]
 
+    def hold(self, dtype: torch.dtype) -> Transformer:
+        """Keep the weights in ``dtype`` and compute in it: for sampling, which then casts nothing in a call."""
+        self.compute_dtype = dtype
+        return self.to(dtype)
+
     def empty_cache(self, rows: int) -> Cache:
         """A cache for ``rows`` texts of up to ``window`` tokens."""
         c = self.config

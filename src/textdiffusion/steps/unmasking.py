@@ -112,7 +112,7 @@ class Ordered(_Counted):
     def choose(self, state: State, asked: Tensor, log_p: Tensor, s: Tensor) -> Tensor:
         """The positions that are revealed, bool [B L]."""
         score = torch.full(state.x.shape, -torch.inf, dtype=torch.float64, device=state.x.device)
-        score[asked] = self.score(log_p.double())
+        score[asked] = self.score(log_p).double()
         return top_positions(score, self.count(state, s))
 
     def law(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Categorical:
@@ -127,7 +127,7 @@ def confidence(log_p: Tensor) -> Tensor:
 
 def margin(log_p: Tensor) -> Tensor:
     """Gap between the two highest probabilities, [N] (a good default among deterministic orders: 2603.01367)."""
-    best = log_p.exp().topk(min(2, log_p.shape[-1]), -1).values
+    best = log_p.topk(min(2, log_p.shape[-1]), -1).values.exp()
     return best[..., 0] - best[..., 1] if best.shape[-1] > 1 else best[..., 0]
 
 

@@ -31,13 +31,13 @@ __all__ = ["Check", "Subject", "verify"]
 
 def verify(family: type[Process], config: Any = None) -> Iterator[Check]:
     """Every check that fits the family, one by one. A family whose code fails fails a check that says where."""
-    subject = Subject(family, config)
     try:
+        subject = Subject(family, config)
         process = subject.ideal(random_table(V, L))
-    except Exception as error:
+        discrete, samplers = isinstance(process.space, Discrete), list(process.steps)
+    except (Exception, SystemExit) as error:
         yield _broken(family, "building it", error)
         return
-    discrete = isinstance(process.space, Discrete)
     parts: list[tuple[str, Callable[[], Iterator[Check]]]] = [("the contract", lambda: contract(subject))]
     if isinstance(process, HasKernel):
         parts.append(("the kernel", lambda: kernel(process)))
@@ -48,17 +48,17 @@ def verify(family: type[Process], config: Any = None) -> Iterator[Check]:
     parts.append(("the units", lambda: units(subject)))
     parts.append(("the bound", lambda: bounds(subject)))
     if discrete:
-        for name in process.steps:
+        for name in samplers:
             parts.append((f"the sampler {name}", lambda name=name: sampler(subject, name)))  # type: ignore[misc]
             parts.append((f"infilling by {name}", lambda name=name: infilling(subject, name)))  # type: ignore[misc]
     for what, checks in parts:
         try:
             yield from checks()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             yield _broken(family, what, error)
 
 
-def _broken(family: type[Process], what: str, error: Exception) -> Check:
+def _broken(family: type[Process], what: str, error: BaseException) -> Check:
     """The check that fails when code does, naming the last line of the family's own file, if the fault went through."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename == inspect.getfile(family)] or frames

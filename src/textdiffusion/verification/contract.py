@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from textdiffusion.process import Discrete, HasKernel, HasSignal
 from textdiffusion.sampling import sample
 from textdiffusion.verification.enumeration import integrated_bound, prior_term
 from textdiffusion.verification.subject import DRAWS, ROUNDING, Check, L, Subject, V, most
-from textdiffusion.worlds import constant, random_table
+from textdiffusion.worlds import Table, constant, random_table
 
 
 def contract(subject: Subject) -> Iterator[Check]:
@@ -31,12 +32,50 @@ def contract(subject: Subject) -> Iterator[Check]:
         falls = all(a > b for a, b in itertools.pairwise(times))
         ok = falls and times[0] == 1 and times[-1] == 0
         yield Check(f"{name}: the plan falls from 1 to 0", 0 if ok else 1, 0, f"plan({L}, 2) is {times}")
+    yield from _draws(subject)
     worst = 0.0
     for t in (0.3, 0.7, 1.0):
         for model in (process, subject.wrong(world, 0)):
             state = model.q_sample(text, torch.full((len(text),), t, dtype=torch.float64), noise)
             worst = most(worst, (model.predict(state).log_p.exp().sum(-1) - 1).abs().max())
     yield Check("predictions sum to one", worst, 1e-6, "log_p is not normalised: guidance or reshaping without it?")
+
+
+def _draws(subject: Subject) -> Iterator[Check]:
+    """Randomness comes from the argument, row by row."""
+    world = random_table(V, L)
+    process, rows = subject.wrong(world, 0), torch.tensor([7, 2, 5])
+    noise, t = Noise.of(4, len(world.texts)), torch.full((len(world.texts),), 0.6, dtype=torch.float64)
+    unequal = 0
+    for act in (
+        lambda text, t, noise: process.q_sample(text, t, noise).x,
+        lambda text, t, noise: process.nll(text, noise).total,
+        lambda text, t, noise: process.loss(text, noise),
+        lambda text, t, noise: process.prior_sample(len(text), L, noise).x,
+    ):
+        whole, part = act(world.texts, t, noise), act(world.texts[rows], t[rows], noise.select(rows))
+        unequal += int(not torch.allclose(whole[rows].double(), part.double(), rtol=1e-9, atol=1e-12))
+    yield Check(
+        "the same row has the same draws in any batch",
+        unequal,
+        0,
+        "q_sample, nll, loss or prior_sample draw other than from ``noise``, or rows read each other",
+    )
+    if not isinstance(process.space, Discrete):
+        return
+    deaf = []
+    for name, step in process.steps.items():
+        used: list[bool] = []
+
+        def reshape(log_p: torch.Tensor, used: list[bool] = used) -> torch.Tensor:
+            used.append(True)
+            return log_p
+
+        state, s = process.prior_sample(4, L, noise.select(slice(0, 4))), torch.zeros(4, dtype=torch.float64)
+        asked = step.ask(state, s, noise.select(slice(0, 4)))
+        step.law(state, asked, process.predict(state, asked), s, reshape)
+        deaf += [name] * (not used)
+    yield Check("temperature and top-p reach every step", len(deaf), 0, f"reshape is not used by {', '.join(deaf)}")
 
 
 def units(subject: Subject) -> Iterator[Check]:
@@ -63,10 +102,23 @@ def units(subject: Subject) -> Iterator[Check]:
         tolerance,
         "units: base of the logarithm, length, or a prediction that is not uniform when nothing is known",
     )
+    text = world.draw(rows, seed=0)
+    costs = [float(p.loss(text, Noise.of(0, rows)).double().mean()) for p in _models(subject, world)]
+    yield Check(
+        "the loss prefers the truth to wrong models",
+        costs[0] - min(costs[1:]),
+        0,
+        f"the mean loss of the exact posterior is {costs[0]:.4g}, of wrong models {costs[1]:.4g} and {costs[2]:.4g}",
+    )
     sure = constant(V, L)
     nll = subject.ideal(sure).nll(sure.texts[sure.p > 0].expand(rows, -1), Noise.of(0, rows))
     nats = (nll.total - nll.prior).abs().max()
     yield Check("a certain text costs nothing but the prior term", float(nats), 1e-4, "units: a constant in the bound")
+
+
+def _models(subject: Subject, world: Table) -> list[Any]:
+    """The right one, and two wrong ones."""
+    return [subject.ideal(world), subject.wrong(world, 0), subject.wrong(world, 1)]
 
 
 def real_network(subject: Subject) -> Iterator[Check]:
@@ -98,6 +150,15 @@ def real_network(subject: Subject) -> Iterator[Check]:
     )
     given = torch.tensor([[False, True, True, False] if process.infills else [True, True, False, False]]).expand(8, -1)
     wrong = 0
+    every = random_table(V, L).texts
+    said = process.nll(every, Noise.of(0, len(every)))
+    if said.kind == "exact":
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(1)
+            for p in network.parameters():
+                p.normal_(std=0.5)
+            total = float(process.nll(every, Noise.of(0, len(every))).total.neg().exp().sum())
+        yield Check("a real network's likelihoods sum to one", abs(total - 1), 1e-4, "it reads what it has to predict")
     for sampler in process.steps:
         *_, free = sample(process, Noise.of(0, 8), 4, 3, sampler=sampler)
         *_, filled = sample(process, Noise.of(0, 8), 4, 3, sampler=sampler, tokens=x, given=given)

@@ -118,6 +118,15 @@ def call_bound(process: Any, x_0: Tensor, calls: int, sampler: str) -> np.ndarra
     raise UserError(f"no bound is known for the sampler {sampler!r}")
 
 
+def calls_of_bound(process: Any, length: int, calls: int, sampler: str) -> int | None:
+    """Of how many network calls the bound for ``calls`` says that it is; None if it does not say."""
+    if isinstance(process, HasCurve):
+        return process.curve_weights(length, calls, sampler)[1]
+    if process.nll(torch.zeros(1, length, dtype=torch.long), Noise.of(0, 1)).kind == "exact":
+        return process.nll(torch.zeros(1, length, dtype=torch.long), Noise.of(0, 1)).calls
+    return len(process.plan(length, calls, sampler)) - 1
+
+
 def _step_laws(process: Any, states: Tensor, t: float, s: float, sampler: str) -> Tensor:
     """Law of each position after the step from t to s, float64 [N L S], whatever the step asks about."""
     step, size = process.steps[sampler], process.kernel(0.0, 1.0).shape[0]
@@ -234,7 +243,8 @@ def _after(process: Process, step: Step, ways: _Ways, t: Tensor, s: Tensor, give
     stands: list[Tensor] = []
     chance: list[Tensor] = []
     after: list[Any] = []
-    moving = asked.any(-1)
+    # A family that remembers is called in every step, so that what it remembers goes on (sampling.py).
+    moving = asked.any(-1) | process.remembers
     for i in (~moving).nonzero().squeeze(-1).tolist():
         stands.append(here[i : i + 1])
         chance.append(torch.tensor([share[i]], dtype=torch.float64))

@@ -72,7 +72,7 @@ class Subject:
         generator = torch.Generator().manual_seed(seed)
         size, length = world.vocabulary, world.length
         reading = torch.randn(length, size, length, size, generator=generator, dtype=torch.float64)
-        tilt = torch.randn(64, generator=generator, dtype=torch.float64)
+        tilt, weights = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (64, 4096))
 
         def context(evidence: Tensor) -> Tensor:
             n = evidence.shape[1]
@@ -86,10 +86,11 @@ class Subject:
         def network(x: Tensor, *args: Any, positions: Tensor | None = None, **kwargs: Any) -> Tensor:
             out = ideal(x, *args, **kwargs)
             for extra in (*args, *kwargs.values()):
-                if isinstance(extra, Tensor) and extra.is_floating_point():
-                    phase = extra.double().clamp(-20, 20)
-                    phase = phase.flatten(2).mean(-1) if phase.dim() > 2 else phase.view(len(x), -1)
-                    out = out + torch.sin(3 * phase + seed).unsqueeze(-1) * tilt[: out.shape[-1]]
+                if isinstance(extra, Tensor):
+                    # Numbers of any kind: times, estimates as laws or as tokens, labels.
+                    read = extra.double().clamp(-20, 20).view(len(x), -1)
+                    phase = (read * weights[: read.shape[1]]).sum(-1)
+                    out = out + torch.sin(3 * phase + seed).view(-1, 1, 1) * tilt[: out.shape[-1]]
             return out if positions is None else out[positions]
 
         return bare.over(network)
