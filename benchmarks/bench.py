@@ -97,7 +97,7 @@ def flops_a_token(size: dict[str, int], share: float = 1.0) -> float:
 
 def learner_of(process: Any, size: dict[str, int]) -> Learner:
     batch = size["batch"]
-    micro = micro_batch_for(size["length"], size["vocabulary"])
+    micro = micro_batch_for(size["length"], size["vocabulary"], size["width"])
     return Learner(process.network, TrainingConfig(steps=10**6, batch=batch, micro_batch=micro))
 
 
@@ -202,7 +202,7 @@ def profile(rounds: int) -> dict[str, Any]:
         for family in FAMILIES:
             process = process_of(family, size)
             learner = learner_of(process, size)
-            micro = micro_batch_for(size["length"], size["vocabulary"])
+            micro = micro_batch_for(size["length"], size["vocabulary"], size["width"])
             spent: dict[str, list[float]] = {}
             for turn in range(rounds + 1):
                 marks, passes = {}, -(-size["batch"] // micro)

@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.nn.functional as F
 
+from textdiffusion.networks.transformer import Convolution
+
 
 def compare(first: Callable[[], object], second: Callable[[], object], runs: int = 21) -> tuple[float, float]:
     """Median milliseconds of both, run alternately."""
@@ -47,6 +49,7 @@ def pairs() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     gain = leaf(256)
     rows, asked = leaf(32, 64, 256), torch.rand(32, 64) < 0.5
     index = asked.flatten().nonzero().squeeze(-1)
+    grad_windows = torch.ones(32, 64, 256, dtype=torch.bfloat16)
     grad_rows = torch.ones(len(index), 256, dtype=torch.bfloat16)
     # The matrices of a network of 3 blocks of width 192, one Muon each or one Muon for all.
     shapes = 3 * [(576, 192), (192, 192), (768, 192), (192, 768)]
@@ -54,6 +57,8 @@ def pairs() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     for matrix in (*alone, *together):
         matrix.grad = torch.randn_like(matrix)
     muons, muon = [torch.optim.Muon([matrix]) for matrix in alone], torch.optim.Muon(together)
+    convolution = Convolution(256, 5, causal=False)
+    plain = torch.nn.Conv1d(256, 256, 5, padding=2, groups=256, bias=False).bfloat16()
     pool = ThreadPoolExecutor(min(torch.get_num_threads(), 4))
     return {
         "linear map in bfloat16 / float32": (
@@ -75,6 +80,10 @@ def pairs() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
         "asked rows by index / by mask": (
             lambda: rows.flatten(0, 1).index_select(0, index).backward(grad_rows),
             lambda: rows[asked].backward(grad_rows),
+        ),
+        "depthwise convolution, own gradient / library": (
+            lambda: convolution(rows).backward(grad_windows),
+            lambda: plain(rows.transpose(1, 2)).transpose(1, 2).backward(grad_windows),
         ),
         "Muon's matrices side by side / in turn": (
             lambda: list(pool.map(lambda one: one.step(), muons)),

@@ -172,9 +172,10 @@ def test_bfloat16_learns_as_well_as_float32():
 
 
 def test_micro_batches_fit_the_cache_and_the_memory():
-    assert micro_batch_for(64, 100) == 32
-    assert micro_batch_for(4096, 100) == 1  # never none
-    assert micro_batch_for(256, 50_257) * 256 * 50_257 <= 2**26
+    assert micro_batch_for(64, 100, 256, cache=2**24) == 32
+    assert micro_batch_for(4096, 100, 256, cache=2**24) == 1  # never none
+    assert micro_batch_for(256, 50_257, 256, cache=2**30) * 256 * 50_257 <= 2**26
+    assert micro_batch_for(256, 100, 256) >= 1
 
 
 MEMORY = """
@@ -182,7 +183,7 @@ import resource, sys, torch
 from textdiffusion.noise import Noise
 from textdiffusion.run import RunConfig, build
 from textdiffusion.sampling import sample
-from textdiffusion.training import Learner, TrainingConfig
+from textdiffusion.training import Learner, TrainingConfig, micro_batch_for
 family, what = sys.argv[1:]
 process = build(RunConfig(family=family, network={"depth": 1, "width": 32, "heads": 1, "window": 256},
                           vocabulary=50_257, training=TrainingConfig(steps=9)))
@@ -190,7 +191,8 @@ x = torch.randint(0, 50_257, (16, 256))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 if what == "train":
     process.network.compute_dtype = torch.bfloat16
-    Learner(process.network, TrainingConfig(steps=9)).learn(process, x, Noise.of(0, 16))
+    config = TrainingConfig(steps=9, micro_batch=micro_batch_for(256, 50_257, 32))
+    Learner(process.network, config).learn(process, x, Noise.of(0, 16))
 else:
     for frame in sample(process, Noise.of(0, 16), 256, 32, tokens=x, given=torch.arange(256).expand(16, -1) < 192):
         if frame.step == 3 or family == "autoregressive" and frame.step == 8:

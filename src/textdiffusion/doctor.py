@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from textdiffusion.networks.transformer import Transformer
 from textdiffusion.noise import Noise
 from textdiffusion.process import count_parameters
 from textdiffusion.run import RunConfig, build
-from textdiffusion.training import Learner, fastest_precision, tune_allocator
+from textdiffusion.training import Learner, fastest_precision, micro_batch_for, tune_allocator
 
 
 def machine(device: str = "auto") -> dict[str, str]:
@@ -63,8 +64,11 @@ def estimate(config: RunConfig, device: str) -> dict[str, Any]:
         precision = fastest_precision(torch.device(device))
     if precision == "bf16":
         network.compute_dtype = torch.bfloat16
-    learner = Learner(network, training)
     window, batch = int(config.network["window"]), training.batch
+    if training.micro_batch is None:
+        size = min(batch, micro_batch_for(window, config.vocabulary, network.config.width))
+        training = replace(training, micro_batch=size)
+    learner = Learner(network, training)
     x_0 = torch.randint(0, config.vocabulary, (batch, window), device=device)
     seconds = []
     for step in range(3):
@@ -82,6 +86,7 @@ def estimate(config: RunConfig, device: str) -> dict[str, Any]:
         "parameters": parameters,
         "precision": precision,
         "tokens_a_step": batch * window,
+        "tokens_a_pass": min(training.micro_batch or batch, batch) * window,
         "gigaflops_a_step": round(6 * parameters * batch * window / 1e9, 1),
         "megabytes_of_state": round(5 * 4 * parameters / 1e6, 1),
         "seconds_a_step": round(a_step, 4),

@@ -24,7 +24,7 @@ from textdiffusion.run import Run, RunConfig, build
 from textdiffusion.sampling import sample
 from textdiffusion.tokenizer import Tokenizer
 from textdiffusion.tokenizer import build as build_tokenizer
-from textdiffusion.training import Learner, fastest_precision, train, tune_allocator
+from textdiffusion.training import Learner, fastest_precision, micro_batch_for, train, tune_allocator
 
 VALIDATION_TOKENS = 8192  # read at each validation
 VALIDATION_SHARE = 0.04  # of the training's time
@@ -141,16 +141,21 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
     windows = Windows(tokens["train"], window, config.training.seed)
     held_out = evaluation_windows(tokens["validation"], window, limit=VALIDATION_TOKENS)
 
-    # 2. Network, on the precision that is fast here. A resumed run keeps what it began with.
+    # 2. Network, in the precision and the micro-batches that are fast here. A resumed run keeps what it began with.
     if config.training.precision == "auto":
         fastest = fastest_precision(torch.device(device))
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=fastest))
+    if config.training.micro_batch is None:
+        size = min(config.training.batch, micro_batch_for(window, config.vocabulary, int(config.network["width"])))
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch=size))
     process = build(config)
     network = process.network
     assert isinstance(network, Transformer)
     network.to(device)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     learner = Learner(network, config.training)
+    if config.training.compile:
+        network.compile_blocks()
     averaged = learner.average.module
     assert isinstance(averaged, Transformer)
     for net in (network, averaged):

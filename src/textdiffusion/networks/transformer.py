@@ -5,7 +5,7 @@ positions. It departs from the usual DiT of diffusion language models (SEDD, MDL
 CPU, in bits (docs/results.md) or in time (benchmarks/kernels.py):
 
 - a short depthwise convolution before attention and before the feed-forward part, so that spelling need not be
-  learnt by attention; it starts at zero;
+  learnt by attention; it starts as the identity;
 - learned positions, erf GELU and layer norm, which are the cheap ones on a CPU;
 - no time input unless asked for: a masked text says by itself how noisy it is (RADD, 2406.03736);
 - weights are held in float32 and cast where they are used, so that activations may be bfloat16 while gradients
@@ -102,52 +102,57 @@ class Cache:
         return Cache(*([x[rows] for x in part] for part in (self.keys, self.values, self.shifted)))
 
 
-class _Taps(torch.autograd.Function):
-    """x + sum_k padded[:, k : k + L] * weight[k]; written out to save autograd's extra passes."""
+class _Depthwise(torch.autograd.Function):
+    """Depthwise convolution of x [B L D] over positions with weight [taps D], ``left`` of the taps looking back.
+
+    Both passes over positions are the library's 2-D convolution on the same memory, seen as channels-last images of one
+    line; the gradient of the weight is written out, since the library's own is four times as slow (benchmarks/).
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, left: int, right: int) -> Tensor:
-        padded = F.pad(x, (0, 0, left, right))
-        ctx.save_for_backward(padded, weight)
-        ctx.left, ctx.right = left, right
-        return _Taps.total(x, padded, weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, left: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.left = left
+        return _Depthwise.apply_taps(x, weight, left)
 
     @staticmethod
-    def total(x: Tensor, padded: Tensor, weight: Tensor) -> Tensor:
-        length = x.shape[1]
-        y = torch.addcmul(x, padded[:, :length], weight[0])
-        for tap in range(1, len(weight)):
-            y.addcmul_(padded[:, tap : tap + length], weight[tap])
-        return y
+    def apply_taps(x: Tensor, weight: Tensor, left: int) -> Tensor:
+        taps, length = len(weight), x.shape[1]
+        # Padding is the same on both sides in a library's convolution: what there is too much of is cut.
+        wide = max(left, taps - 1 - left)
+        image = x.transpose(1, 2).unsqueeze(2)
+        kernel = weight.t().reshape(-1, 1, 1, taps)
+        y = F.conv2d(image, kernel, padding=(0, wide), groups=x.shape[-1]).squeeze(2).transpose(1, 2)
+        return y[:, wide - left : wide - left + length]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (grad,) = grads
-        padded, weight = ctx.saved_tensors
-        length, taps = grad.shape[1], len(weight)
-        back = F.pad(grad, (0, 0, taps - 1 - ctx.left, taps - 1 - ctx.right))
-        of_x = _Taps.total(grad, back, weight.flip(0))
+        x, weight = ctx.saved_tensors
+        length, taps, left = grad.shape[1], len(weight), ctx.left
+        of_x = _Depthwise.apply_taps(grad, weight.flip(0), taps - 1 - left)
+        padded = F.pad(x, (0, 0, left, taps - 1 - left))
         of_weight = torch.stack([(padded[:, tap : tap + length] * grad).sum((0, 1)) for tap in range(taps)])
-        return of_x, of_weight, None, None
+        return of_x, of_weight, None
 
 
 class Convolution(nn.Module):
-    """Depthwise convolution over positions, added to its input; centred, or looking back only if ``causal``."""
+    """Depthwise convolution over positions; centred, or looking back only if ``causal``. Starts as the identity."""
 
     def __init__(self, width: int, taps: int, causal: bool):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(taps, width))
         self.left = taps - 1 if causal else taps // 2
-        self.right = 0 if causal else taps // 2
+        self.weight = nn.Parameter(torch.zeros(taps, width))
+        nn.init.ones_(self.weight[self.left])
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, _Taps.apply(x, self.weight.to(x.dtype), self.left, self.right))
+        return cast(Tensor, _Depthwise.apply(x, self.weight.to(x.dtype), self.left))
 
     def step(self, x: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
         """The same for new positions [B n] of a text whose earlier inputs are in ``seen`` [B W D], written in place."""
         seen.scatter_(1, positions.unsqueeze(-1).expand_as(x), x)
         weight = self.weight.to(x.dtype)
-        y = x
+        y = torch.zeros_like(x)
         for tap in range(len(weight)):
             source = positions - self.left + tap
             value = seen.gather(1, source.clamp(min=0).unsqueeze(-1).expand_as(x))
@@ -293,6 +298,11 @@ class Transformer(nn.Module):
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The 2-D weights inside the blocks: what Muon is for."""
         return [p for name, p in self.blocks.named_parameters() if p.dim() == 2 and "conv" not in name]
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks: they have one shape in training, where what is before and after them has many."""
+        for block in self.blocks:
+            block.compile()
 
     def hold(self, dtype: torch.dtype) -> Transformer:
         """Keep the weights in ``dtype`` and compute in it: for sampling, which then casts nothing in a call."""
