@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/ready
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow bench lint clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,9 @@ test: $(READY)  ## lint, types, tests and their coverage
 
 slow: $(READY)  ## the tests that take minutes each
 	$(VENV)/bin/python -m pytest -m slow
+
+bench: $(READY)  ## time training and sampling against plain re-statements of public repositories (a quarter of an hour)
+	$(VENV)/bin/python benchmarks/bench.py
 
 lint: $(READY)  ## format and check
 	$(VENV)/bin/ruff format .

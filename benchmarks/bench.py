@@ -153,7 +153,7 @@ def sampling(rounds: int, calls: int = 32) -> dict[str, Any]:
                     "masked, plain, bf16": partial(plain_sample, plain, rows, length, calls, vocabulary, True),
                     "masked, ours": partial(draw_all, process, rows, length, calls),
                 },
-                rounds,
+                max(2, rounds // 3),
             )
             ours = seconds["masked, ours"]
             out[f"{setting}, {rows} at a time"] = {
@@ -166,7 +166,7 @@ def sampling(rounds: int, calls: int = 32) -> dict[str, Any]:
                 "autoregressive, plain, bf16": partial(plain_generate, causal, 1, 64, True),
                 "autoregressive, ours": partial(draw_all, baseline, 1, 64, 64),
             },
-            max(1, rounds // 2),
+            max(2, rounds // 3),
         )
         ours = seconds["autoregressive, ours"]
         out[f"{setting}, left to right, 64 tokens"] = {
@@ -320,7 +320,7 @@ PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["peak", *PARTS])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=6)
     args = parser.parse_args()
     tune_allocator()
     torch.manual_seed(0)

@@ -88,8 +88,8 @@ def last_cache() -> int:
 def micro_batch_for(length: int, vocabulary: int, width: int, cache: int | None = None) -> int:
     """Windows of ``length`` tokens for one forward and backward pass.
 
-    As many as keep the widest activation, 4 ``width`` of 2 bytes a token, in a quarter of the last cache: with 105 MB of
-    it whole batches of 8,192 tokens were 1.4 times as fast as 2,048 at a time (benchmarks/), and on a Zen 5 with less a
+    As many as keep the widest activation, 4 ``width`` of 2 bytes a token, in a quarter of the last cache: with 105 MB
+    whole batches of 8,192 tokens were 1.4 times as fast as 2,048 at a time (benchmarks/), and on a Zen 5 with less a
     prototype had found the contrary. With large vocabularies what counts is memory: at most 2^26 logits.
     """
     tokens = (cache or last_cache()) // (32 * width)
