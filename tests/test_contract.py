@@ -13,6 +13,7 @@ from textdiffusion.families import family, names
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
 from textdiffusion.noise import Noise
 from textdiffusion.process import Discrete, Process, State
+from textdiffusion.replacing import Replacing
 from textdiffusion.run import RunConfig, build
 from textdiffusion.sampling import sample
 from textdiffusion.training import Learner, TrainingConfig
@@ -37,9 +38,9 @@ def texts(n: int = B, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(0, V, (n, L)))
 
 
-def shaken(name: str) -> Process:
+def shaken(name: str, **process_fields) -> Process:
     """A process whose head is not at zero."""
-    process = make(name)
+    process = make(name, **process_fields)
     with torch.no_grad():
         for p in process.network.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -92,9 +93,10 @@ def test_every_parameter_learns(name):
     assert isinstance(network, Transformer)
     learner = Learner(network, TrainingConfig(steps=10, warmup=0, batch=B, micro_batch=4))
     before = {k: v.clone() for k, v in network.named_parameters()}
-    for step in range(3):
+    # The head starts at zero, then what writes to the residual stream, then what modulates it.
+    for step in range(5):
         learner.learn(process, texts(), Noise.of(0, B, step=step))
-    process.loss(texts(), Noise.of(0, B)).mean().backward()
+    process.loss(texts(64), Noise.of(0, 64)).mean().backward()
     still = [
         k
         for k, p in network.named_parameters()
@@ -140,7 +142,8 @@ def test_every_step_writes_whole_texts_and_counts_its_calls(name):
         for calls in (1, 3, L, 2 * L):
             seen["calls"] = 0
             frames = list(sample(process.over(Spy()), Noise.of(1, 5), L, calls, sampler=sampler))
-            assert (frames[0].tokens == -1).all() and (frames[-1].tokens >= 0).all()
+            prior = process.decode(process.prior_sample(5, L, Noise.of(1, 5)))
+            assert torch.equal(frames[0].tokens, prior) and (frames[-1].tokens >= 0).all()
             assert (frames[-1].tokens < V).all()
             assert frames[-1].step == frames[-1].of == len(frames) - 1 and frames[-1].t == 0
             assert int(frames[-1].calls.max()) <= seen["calls"] <= max(calls, L if name == "autoregressive" else 0)
@@ -168,7 +171,7 @@ def test_a_prompt_is_kept(name):
     for sampler in process.steps:
         frames = list(sample(process, Noise.of(1, 4), L, L, sampler=sampler, tokens=tokens, given=given))
         assert all(torch.equal(f.tokens[:, :3], tokens[:, :3]) for f in frames)
-        assert int(frames[-1].calls.max()) <= L - 3
+        assert int(frames[-1].calls.max()) <= (L if isinstance(process, Replacing) else L - 3)
 
 
 @torch.no_grad()
@@ -213,15 +216,25 @@ def test_overfits_one_batch(name):
 def test_no_config_field_is_dead(name):
     """Each field of a family's config changes the loss or a sample."""
     cls = family(name)
-    other = {"schedule": "cosine", "mask_rate": "uniform", "weight": "bound"}
+    other = {
+        "schedule": "cosine", "mask_rate": "uniform", "weight": "bound", "mask_share": 0.5, "given": 1.0,
+        "conditioning": "replacement", "renewal": 0.9, "graph": "uniform", "noise": "geometric", "sigma_min": 0.1,
+        "sigma_max": 1.0,
+    }  # fmt: skip
+    needs = {"sigma_min": {"noise": "geometric"}, "sigma_max": {"noise": "geometric"}, "conditioning": {"given": 1.0}}
+    if name == "score_entropy":
+        needs["given"] = {"graph": "uniform"}
     for f in dataclasses.fields(cls.Config):
         assert f.name in other or f.type == "bool", f"give a second value of {f.name} in this test"
-        value = other.get(f.name, not f.default)
-        results, network = [], shaken(name).network
+        value, results = other.get(f.name, not f.default), []
         for fields in ({}, {f.name: value}):
-            process = cls(network, cls.Config(**fields), V, start=V - 1)
-            *_, last = sample(process, Noise.of(1, 4), L, 3)
-            results.append((process.loss(texts(), Noise.of(0, B)), last.tokens))
+            process = shaken(name, **needs.get(f.name, {}) | fields)
+            given = torch.tensor([True] * 3 + [False] * (L - 3)).expand(4, -1)
+            texts_of = [
+                list(sample(process, Noise.of(1, 4), L, 3, sampler=sampler, tokens=texts(4), given=given))[-1].tokens
+                for sampler in process.steps
+            ]
+            results.append((process.loss(texts(), Noise.of(0, B)), *texts_of))
         assert not all(torch.equal(a, b) for a, b in zip(*results, strict=True)), f"{name}: {f.name} does nothing"
 
 
@@ -236,16 +249,19 @@ def test_unknown_names_are_refused_in_one_line(name, bad):
 
 
 @pytest.mark.parametrize(
-    ("states", "length", "width", "batch", "steps"),
-    [(3, 4, 32, 64, 300), pytest.param(4, 8, 64, 128, 1500, marks=pytest.mark.slow)],
+    ("family_name", "states", "length", "width", "batch", "steps"),
+    [
+        *(pytest.param(n, 3, 4, 32, 64, 300, id=n) for n in ("masked", "autoregressive")),
+        *(pytest.param(n, 4, 8, 64, 128, 1500, marks=pytest.mark.slow, id=f"{n}-long") for n in FAMILIES),
+    ],
 )
-def test_learns_a_chain_to_its_entropy(name, states, length, width, batch, steps):
+def test_learns_a_chain_to_its_entropy(family_name, states, length, width, batch, steps):
     """Two layers on a Markov chain: within 0.02 nat per token of the entropy."""
     from textdiffusion.worlds import chain, chain_entropy
 
     world = chain(states, length, seed=1)
     entropy = chain_entropy(world) / length
-    cls = family(name)
+    cls = family(family_name)
     config = cls.Config()
     torch.manual_seed(0)
     size = {"depth": 2, "width": width, "heads": 2, "window": length}
@@ -256,7 +272,7 @@ def test_learns_a_chain_to_its_entropy(name, states, length, width, batch, steps
         learner.learn(process, world.draw(batch, seed=step), Noise.of(0, batch, step=step))
     process = process.over(learner.average.module.eval())
     with torch.no_grad():
-        nats = process.nll(world.draw(16_000, seed=10**6), Noise.of(1, 16_000)).total / length
-    error = float(nats.std()) / 16_000**0.5
+        nats = process.nll(world.draw(64_000, seed=10**6), Noise.of(1, 64_000)).total / length
+    error = float(nats.std()) / 64_000**0.5
     assert float(nats.mean()) < entropy + 0.02, (float(nats.mean()), entropy)
     assert float(nats.mean()) > entropy - 4 * error

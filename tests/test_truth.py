@@ -20,8 +20,11 @@ from textdiffusion.errors import UserError
 from textdiffusion.families import family, load_family, names
 from textdiffusion.families.autoregressive import Autoregressive
 from textdiffusion.families.masked import Masked, MaskedConfig
+from textdiffusion.families.score_entropy import ScoreEntropy, ScoreEntropyConfig
+from textdiffusion.families.uniform import Uniform, UniformConfig
 from textdiffusion.noise import Noise
 from textdiffusion.process import Categorical, HasKernel, Nll, Prediction, State
+from textdiffusion.replacing import Outlook
 from textdiffusion.sampling import sample
 from textdiffusion.schedules import SCHEDULES, Schedule
 from textdiffusion.steps.unmasking import Ancestral, unmasking_steps
@@ -58,11 +61,31 @@ def test_the_masked_family_is_right_under_every_schedule(schedule):
     assert faults(Masked, MaskedConfig(schedule=schedule)) == []
 
 
-@pytest.mark.parametrize(
-    "file", ["../examples/fading_noise.py", "subjects/uniform_noise.py", "subjects/gaussian_codes.py"]
-)
+@pytest.mark.parametrize("file", ["../examples/fading_noise.py", "subjects/gaussian_codes.py"])
 def test_families_in_files_of_their_own_pass(file):
     assert faults(load_family(str(HERE / file))) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "known"),
+    [
+        (ScoreEntropyConfig(graph="uniform"), []),
+        pytest.param(ScoreEntropyConfig(noise="geometric"), [], marks=pytest.mark.slow),
+        pytest.param(
+            ScoreEntropyConfig(graph="uniform", noise="geometric"),
+            # Noise that grows to sigma = 20: 64 steps even in t are far from the limit, and 16 of Euler's further.
+            ["the bound of T calls goes to the continuous one, wrong model",
+             "euler: infilling comes close to the exact conditional"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(UniformConfig(mask_share=1.0), [], marks=pytest.mark.slow),
+        pytest.param(UniformConfig(mask_share=0.4, schedule="cosine"), [], marks=pytest.mark.slow),
+    ],
+    ids=["ratios-uniform", "ratios-geometric", "ratios-uniform-geometric", "masks-alone", "hybrid"],
+)  # fmt: skip
+def test_noise_that_replaces_tokens_is_right_in_all_its_forms(config, known):
+    cls = Uniform if isinstance(config, UniformConfig) else ScoreEntropy
+    assert faults(cls, config) == known
 
 
 def test_the_example_is_one_short_file():
@@ -156,6 +179,87 @@ def test_ordered_samplers_reveal_where_their_score_is_highest(sampler):
         assert int(chosen.sum()) == 1 and float(score[chosen]) >= float(score.max()) - 1e-12
 
 
+def test_score_entropy_is_masked_diffusion_plus_a_penalty_for_its_rate():
+    """The same network in both (absorbing noise): the integrands differ by (u - 1 - log u) beta alpha / (1 - alpha)."""
+    masked = Subject(Masked).wrong(WORLD, 0)
+    timeless = masked.network
+    free = Subject(ScoreEntropy).over(lambda x, t, **how: timeless(x, **how) + 0.3, V)
+    for t in (0.1, 0.5, 0.9):
+        state = masked.q_sample(WORLD.texts, torch.full((V**L,), t, dtype=torch.float64), Noise.of(1, V**L))
+        penalty = free.rate_penalty(WORLD.texts, state)
+        assert (penalty >= 0).all() and float(penalty.max()) > 0.01
+        whole = masked.rate(WORLD.texts, state) + penalty
+        assert torch.allclose(free.rate(WORLD.texts, state), whole, rtol=1e-9)
+
+
+def test_uniform_noise_of_masks_alone_is_masked_diffusion():
+    masked = Subject(Masked).wrong(WORLD, 1)
+    timeless = masked.network
+    hybrid = Subject(Uniform, UniformConfig(mask_share=1.0)).over(lambda x, t, **how: timeless(x, **how), V)
+    assert (integrated_bound(masked, WORLD.texts) - integrated_bound(hybrid, WORLD.texts)).abs().max() < 1e-9
+    laws = [enumerated_law(process, L, 3, name) for process, name in ((masked, "ancestral"), (hybrid, "bridge"))]
+    assert (laws[0] - laws[1]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("graph", ["absorb", "uniform"])
+def test_score_entropy_in_closed_form_is_the_sum_over_symbols(graph):
+    process = Subject(ScoreEntropy, ScoreEntropyConfig(graph=graph)).wrong(WORLD, 0)
+    t = torch.full((V**L,), 0.4, dtype=torch.float64)
+    state = process.q_sample(WORLD.texts, t, Noise.of(2, V**L))
+    moves = process.movable(state)
+    row, here = moves.nonzero()[:, 0], state.x[moves]
+    log_model = process.log_ratios(process.network(state.x, state.t, positions=moves), here, t[row])
+    nats = process.score_entropy(log_model, here, WORLD.texts[moves], t[row])
+    summed = torch.zeros(V**L, dtype=torch.float64).index_add(0, row, nats) / 0.6  # beta of the linear schedule
+    assert torch.allclose(summed, process.rate(WORLD.texts, state), rtol=1e-9)
+    assert (nats > -1e-12).all()
+
+
+@pytest.mark.parametrize("graph", ["absorb", "uniform"])
+def test_at_the_true_ratios_score_entropy_is_the_entropy_that_is_left(graph):
+    """One token of law (.7, .3): the integral of the score entropy at the exact ratios is .6109 nat, not 0."""
+    world = Table(torch.tensor([0.7, 0.3], dtype=torch.float64))
+    process = Subject(ScoreEntropy, ScoreEntropyConfig(graph=graph)).ideal(world)
+    assert float(world.p @ integrated_bound(process, world.texts)) == pytest.approx(0.6109, abs=1e-4)
+
+
+@pytest.mark.parametrize("mask_share", [0.0, 0.4, 1.0])
+def test_context_denoiser_and_ratios_say_the_same(mask_share):
+    """Round trips through the world: denoiser = context and own evidence; ratios = those of the enumerated marginal."""
+    process = Subject(Uniform, UniformConfig(mask_share=mask_share)).ideal(WORLD)
+    t, size = 0.35, process.space.size
+    states = torch.tensor(list(itertools.product(range(size), repeat=L)))
+    chance = process.kernel(0.0, t)[WORLD.texts].gather(2, states.T.expand(V**L, -1, -1)).prod(1)  # q(x_t | x_0)
+    law = WORLD.p @ chance
+    seen = law > 0
+    state = State(states[seen], torch.full((int(seen.sum()),), t, dtype=torch.float64))
+    denoiser = process.predict(state).log_p.exp()
+    joint = WORLD.p.unsqueeze(-1) * chance[:, seen]
+    for i in range(L):
+        for v in range(V):
+            assert torch.allclose(denoiser[:, i, v], joint[WORLD.texts[:, i] == v].sum(0) / law[seen])
+    everywhere = torch.ones_like(state.x, dtype=torch.bool)
+    marginal = process.outlook(state, everywhere).marginal.view(*state.x.shape, size)
+    weight = size ** torch.arange(L - 1, -1, -1)
+    for i in range(L):
+        for y in range(size):
+            moved = state.x.clone()
+            moved[:, i] = y
+            ratio = law[(moved * weight).sum(-1)] / law[seen]
+            mine = marginal[:, i, y] / marginal[:, i].gather(-1, state.x[:, i : i + 1]).squeeze(-1)
+            assert torch.allclose(mine, ratio)
+
+
+def test_a_corrupted_text_is_mended_without_being_told_where():
+    """Copies of one token, one of them wrong: started at a low noise level, uniform noise finds and mends it."""
+    world = copy(3, 5)
+    process = Subject(Uniform).ideal(world)
+    wrong = torch.tensor([[1, 1, 2, 1, 1]])
+    state = State(wrong, torch.tensor([0.2], dtype=torch.float64))
+    law = process.predict(state).log_p.exp()
+    assert float(law[0, 2, 1]) > 0.95 and float(law[0, 2, 2]) < 0.05
+
+
 def test_the_bound_weighted_loss_is_an_unbiased_estimate_of_the_bound():
     process = Subject(Masked, MaskedConfig(mask_rate="uniform", weight="bound")).wrong(WORLD, 2)
     x_0, n = WORLD.texts[7:8], 6000
@@ -182,7 +286,6 @@ def test_stratified_noise_lowers_the_variance(estimate):
 
 # -- negative controls: every known fault is caught ---------------------------------------------------------------
 
-Uniform = load_family(str(HERE / "subjects/uniform_noise.py"))
 Codes = load_family(str(HERE / "subjects/gaussian_codes.py"))
 
 
@@ -288,24 +391,32 @@ class StartsAtTheWrongNoiseLevel(Uniform):
 class DenoiserForTheContext(Uniform):
     """The denoiser p(x | z) where the leave-one-out posterior belongs: the token's own evidence counts twice."""
 
+    def outlook(self, state, positions, condition=None):
+        right = super().outlook(state, positions, condition)
+        own = self.evidence(state.x[positions].unsqueeze(-1), self.row_times(state, positions)).squeeze(1)
+        denoiser = (right.context + own).log_softmax(-1)
+        return Outlook(denoiser, self.marginal(denoiser.exp(), self.alpha(state.t)[positions.nonzero()[:, 0]]))
+
     def predict(self, state, positions=None, condition=None):
-        right = super().predict(state, positions, condition)
-        return Prediction(right.log_p, native=right.log_p)
+        wrong = super().predict(state, positions, condition).native
+        return Prediction(wrong.context if positions is not None else wrong.context.view(*state.x.shape, -1), wrong)
 
 
-class MovedTokenTerm(Uniform):
+class MovedTokenTerm(ScoreEntropy):
     """The score entropy of tokens that have moved, as in two public implementations: x_0 twice, the others scaled."""
 
-    def divergence(self, r, model, state, x_0):
-        right = super().divergence(r, model, state, x_0)
-        v = self.vocabulary
-        moved = (state.x != x_0).unsqueeze(-1)
+    def rate(self, x_0, state):
+        right, v = super().rate(x_0, state), self.vocabulary
+        everywhere = torch.ones_like(state.x, dtype=torch.bool)
+        model = self.outlook(state, everywhere).marginal.view(*state.x.shape, v)
+        log_model = (model / model.gather(-1, state.x.unsqueeze(-1))).log()
         true = torch.nn.functional.one_hot(x_0, v).bool()
         here = torch.nn.functional.one_hot(state.x, v).bool()
         # What multiplies log r': r at x_0 and 1 elsewhere; theirs has w = (V - 2) / (V - 1) more there, w elsewhere.
         wrong = (v - 2) / (v - 1)
-        shift = torch.where(true, wrong, torch.where(here, 0.0, wrong - 1)) * -model.log()
-        return torch.where(moved, right + shift, right)
+        shift = torch.where(true, wrong, torch.where(here, 0.0, wrong - 1)) * -log_model
+        beta = -self.schedule.derivative(state.t) / self.schedule.alpha(state.t)
+        return right + beta * (shift.sum(-1) * (state.x != x_0)).sum(-1) / v
 
 
 @dataclass(frozen=True)
@@ -407,8 +518,13 @@ class Tempered(Uniform):
     """Every step is a little too sure."""
 
     def predict(self, state, positions=None, condition=None):
-        right = super().predict(state, positions, condition)
-        return Prediction(right.log_p, native=(1.2 * right.native).log_softmax(-1))
+        right = Uniform(self.network, self.config, self.vocabulary).predict(state, positions, condition)
+        return Prediction(right.log_p, self.outlook(state, positions, condition))
+
+    def outlook(self, state, positions, condition=None):
+        positions = torch.ones_like(state.x, dtype=torch.bool) if positions is None else positions
+        sure = (1.2 * super().outlook(state, positions, condition).context).log_softmax(-1)
+        return Outlook(sure, self.marginal(sure.exp(), self.alpha(state.t)[positions.nonzero()[:, 0]]))
 
 
 class BitsForNats(Masked):
@@ -626,7 +742,8 @@ CONTROLS = {
 @pytest.mark.parametrize("fault", CONTROLS, ids=lambda fault: fault.__name__)
 def test_every_known_fault_is_caught_by_the_check_that_is_for_it(fault):
     missing = list(CONTROLS[fault])
-    for check in verify(fault):
+    config = ScoreEntropyConfig(graph="uniform") if fault is MovedTokenTerm else None
+    for check in verify(fault, config):
         if not check.passed:
             missing = [name for name in missing if name not in check.name]
         if not missing:

@@ -1,4 +1,4 @@
-"""Noise schedules of the absorbing process: alpha(t), the probability that a token survives to time t.
+"""Noise schedules of discrete processes: alpha(t), the probability that a token survives to time t.
 
 t = 0 is text and t = 1 is noise, so alpha falls from exactly 1 to exactly 0: no leftover mass at t = 1 that
 would make the prior term of the bound infinite (MDLM, 2406.07524, uses an eps there; we do not need one).
@@ -39,8 +39,8 @@ def _cosine() -> Schedule:
         return 1 - torch.arccos(rate.clamp(0, 1)) / half
 
     def alpha(t: Tensor) -> Tensor:
-        # 1 - cos(x) as 2 sin^2(x / 2): exactly 0 at t = 1, and no cancellation near it.
-        return 2 * torch.sin(half * (1 - t) / 2).square()
+        # 1 - cos(x) as 2 sin^2(x / 2): exactly 0 at t = 1, and no cancellation near it; exactly 1 at t = 0 by decree.
+        return torch.where(t == 0, 1.0, 2 * torch.sin(half * (1 - t) / 2).square())
 
     return Schedule("cosine", alpha, lambda t: -half * torch.sin(half * (1 - t)), inverse)
 
@@ -51,3 +51,21 @@ def _quadratic() -> Schedule:
 
 
 SCHEDULES: dict[str, Schedule] = {s.name: s for s in (_linear(), _cosine(), _quadratic())}
+
+
+def geometric(smallest: float, largest: float) -> Schedule:
+    """alpha = exp(-sigma), sigma = smallest^(1 - t) largest^t - smallest (SEDD 2310.16834, moved to alpha(0) = 1).
+
+    Not one of SCHEDULES: alpha(1) is small, and not 0.
+    """
+    ratio = math.log(largest / smallest)
+
+    def grown(t: Tensor) -> Tensor:
+        return smallest * torch.exp(ratio * t)
+
+    return Schedule(
+        "geometric",
+        lambda t: torch.exp(smallest - grown(t)),
+        lambda t: -ratio * grown(t) * torch.exp(smallest - grown(t)),
+        lambda rate: torch.log((smallest - torch.log1p(-rate)) / smallest) / ratio,
+    )

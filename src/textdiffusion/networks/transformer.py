@@ -48,6 +48,7 @@ class TransformerConfig:
     dropout: float = 0.0
     bias: bool = False
     time: bool = False  # condition on t in [0, 1]
+    clean: bool = False  # with time: positions at t = 0 among noisy ones are marked
     classes: int = 0  # number of class labels; one more is kept for "no label"
 
     def __post_init__(self) -> None:
@@ -227,7 +228,7 @@ class Block(nn.Module):
     ) -> Tensor:
         modulation = None
         if self.modulation is not None and c is not None:
-            modulation = self.modulation(c if c.dim() == 3 else c.unsqueeze(1)).chunk(6, -1)
+            modulation = self.modulation(c).unsqueeze(1).chunk(6, -1)
         past = None if cache is None else (cache.keys[layer], cache.values[layer])
         for part, (norm, convolution) in enumerate(
             ((self.norm_attention, self.conv_attention), (self.norm_feed, self.conv_feed))
@@ -249,7 +250,8 @@ class Transformer(nn.Module):
 
     ``forward(x, t=None, condition=None, positions=None, cache=None, at=None)``:
         x: symbols, int64 [B L].
-        t: times in [0, 1], [B] or by position [B L]; needed if and only if ``config.time``.
+        t: times in [0, 1], [B]; or [B L], each position standing at its row's time or, without noise, at 0. Needed if
+            and only if ``config.time``.
         condition: class labels, int64 [B], -1 for none; optional if ``config.classes``.
         positions: bool [B L]; outputs are computed for these positions only.
         cache, at: for causal networks: a cache to read and write, and the positions int64 [B L] that x stands at.
@@ -265,6 +267,7 @@ class Transformer(nn.Module):
         self.position = nn.Parameter(torch.zeros(config.window, width)) if config.positions == "learned" else None
         conditioned = config.time or config.classes > 0
         self.time = nn.Sequential(Linear(64, width), nn.SiLU(), Linear(width, width)) if config.time else None
+        self.clean = nn.Parameter(torch.zeros(width)) if config.clean else None  # added where there is no noise
         self.classes = nn.Embedding(config.classes + 1, width) if config.classes else None
         self.blocks = nn.ModuleList(Block(config, conditioned) for _ in range(config.depth))
         self.norm = LayerNorm(width)
@@ -340,6 +343,10 @@ class Transformer(nn.Module):
         h = F.embedding(x, self.embedding.weight.to(self.compute_dtype))
         if self.position is not None:
             h = h + self.position.to(h.dtype)[at]
+        if t is not None and t.dim() == 2:
+            if self.clean is not None:
+                h = h + (t == 0).unsqueeze(-1).to(h.dtype) * self.clean.to(h.dtype)
+            t = t.amax(-1)
         h = F.dropout(h, self.config.dropout, self.training)
         c = self._condition(x, t, condition, h.dtype)
         # With a cache all its positions can be seen; those not written yet are hidden by the causal mask.
@@ -353,7 +360,7 @@ class Transformer(nn.Module):
         return self.head(self.norm(h))
 
     def _condition(self, x: Tensor, t: Tensor | None, condition: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """What modulates every block: [B D], or [B L D] if times differ by position, or None."""
+        """What modulates every block, [B D], or None."""
         c = None
         if self.time is not None:
             if t is None:
@@ -364,7 +371,7 @@ class Transformer(nn.Module):
         if self.classes is not None:
             label = x.new_full((len(x),), -1) if condition is None else condition
             embedded = self.classes(label + 1).to(dtype)
-            c = embedded if c is None else c + (embedded if c.dim() == 2 else embedded.unsqueeze(1))
+            c = embedded if c is None else c + embedded
         return None if c is None else F.silu(c)
 
     def _mask(self, at: Tensor, seen: Tensor) -> Tensor | None:

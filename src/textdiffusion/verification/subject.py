@@ -16,7 +16,7 @@ from textdiffusion.worlds import Table
 V, L = 3, 3
 DRAWS = 4000
 ROUNDING = 1e-9  # of float64
-DEVIATIONS = 4.5  # standard errors that a mean of draws may be off
+DEVIATIONS = 5.0  # standard errors that a mean of draws may be off
 IMPROBABLE = 6.0  # -log10 of the chance of draws this far from their law, were it right
 
 
@@ -79,7 +79,7 @@ class Subject:
             # Nothing is known of positions that are not there yet, as of those that are hidden.
             seen = pad(evidence.double(), (0, 0, 0, length - n)).softmax(-1)
             disturbance = torch.einsum("bjv,jviw->biw", seen, reading)[:, :n]
-            return world.context(evidence).clamp(min=-20) + 2 * torch.sin(3 * disturbance)
+            return world.context(evidence).clamp(min=-20) + 1.5 * torch.sin(3 * disturbance)
 
         ideal = bare.ideal(context)
 
@@ -90,7 +90,7 @@ class Subject:
                     # Numbers of any kind: times, estimates as laws or as tokens, labels.
                     read = extra.double().clamp(-20, 20).view(len(x), -1)
                     phase = (read * weights[: read.shape[1]]).sum(-1)
-                    out = out + torch.sin(3 * phase + seed).view(-1, 1, 1) * tilt[: out.shape[-1]]
+                    out = out + 0.5 * torch.sin(3 * phase + seed).view(-1, 1, 1) * tilt[: out.shape[-1]]
             return out if positions is None else out[positions]
 
         return bare.over(network)

@@ -1,0 +1,308 @@
+"""What families share whose noise replaces tokens by draws from a base law.
+
+    q(x_t | x_s) = stay [x_t = x_s] + (1 - stay) base(x_t),     stay = alpha(t) / alpha(s)
+
+The base law decides the kind: all mass on an extra symbol [MASK] is absorbing noise, the same mass on every token is
+uniform noise (D3PM 2107.03006, SEDD 2310.16834), a mixture is a hybrid (GIDD 2503.04482). S = V + 1 symbols if there is
+a [MASK], the one after the tokens; else S = V.
+
+Two laws of a position say all that a model knows of it (2605.22765):
+
+    context   c(v) = p(x_0 = v | all *other* positions), [V]: the leave-one-out posterior
+    marginal  m(y) = p(x_t = y | all other positions) = alpha c(y) + (1 - alpha) base(y), [S]
+
+and everything follows, for every base law:
+
+    denoiser    p(x_0 = v | x_t) ~ c(v) q(x_t | v)
+    ratios      q(y) / q(x_t) = m(y) / m(x_t): the concrete score of SEDD
+    step        p(x_s = y | x_t) ~ m_s(y) q(x_t | x_s = y),  m_s = (m - (1 - stay) base) / stay
+                (Tweedie's step of SEDD and the plug-in bridge of D3PM are both this)
+    bound       KL(q(x_1 | x_0) || prior) + integral of beta E sum over positions of
+                base(x_t) sum_{y != x_t} [r log(r / r') - r + r'],   beta = -alpha' / alpha,
+                r = q(y | x_0) / q(x_t | x_0), r' the model's ratio     (2310.16834, equation 11)
+
+The denoiser in the context's place counts a token's own evidence twice: a wrong bound and a wrong step (truth.md).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, pad
+
+from textdiffusion.noise import Noise
+from textdiffusion.process import (
+    Categorical,
+    Context,
+    Discrete,
+    Network,
+    Nll,
+    Prediction,
+    Process,
+    Reshape,
+    State,
+    Step,
+)
+from textdiffusion.schedules import Schedule
+
+SMALLEST = 1e-300  # so that the logarithm of nothing is finite where it is multiplied by nothing
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a model knows of N positions without looking at their own symbols; float64.
+
+    context: log c [N V]; marginal: m at the state's time [N S].
+    """
+
+    context: Tensor
+    marginal: Tensor
+
+    def at(self, positions: Tensor) -> Outlook:
+        return Outlook(self.context[positions], self.marginal[positions])
+
+
+class Replacing(Process):
+    """A family whose noise replaces tokens by draws from ``base`` (float64 [S]), under a schedule."""
+
+    def __init__(
+        self, network: Network, config: Any, vocabulary: int, schedule: Schedule, mask_share: float, *, start: int = 0
+    ):
+        super().__init__(network, config, vocabulary, start=start)
+        self.schedule, self.mask = schedule, vocabulary
+        self.base = torch.full((vocabulary,), (1 - mask_share) / vocabulary, dtype=torch.float64)
+        if mask_share > 0:
+            self.base = torch.cat((self.base, torch.tensor([mask_share], dtype=torch.float64)))
+        self.space = Discrete(len(self.base))
+
+    # -- forward --------------------------------------------------------------------------------------------------
+    def alpha(self, t: Tensor) -> Tensor:
+        """Chance that a token is still there, [B 1]."""
+        return self.schedule.alpha(t.double()).unsqueeze(-1)
+
+    def law_of_noise(self, uniform: Tensor) -> Tensor:
+        """Draws from the base law by inverse CDF: uniforms of any shape to symbols."""
+        cdf = self.base.cumsum(0).to(uniform.device)
+        last = int((self.base > 0).nonzero().max())
+        return torch.searchsorted(cdf, uniform, right=True).clamp(max=last)
+
+    def q_sample(self, x_0: Tensor, t: Tensor, noise: Noise) -> State:
+        length = x_0.shape[1]
+        replaced = noise.uniform("replace", length) >= self.alpha(t)
+        return State(torch.where(replaced, self.law_of_noise(noise.uniform("other", length)), x_0), t.double())
+
+    def prior_law(self) -> Tensor:
+        """Law of a position at t = 1, float64 [S]; what is left of text there is taken to be any token."""
+        left = float(self.schedule.alpha(torch.tensor(1.0, dtype=torch.float64)))
+        token = torch.full((self.vocabulary,), 1 / self.vocabulary, dtype=torch.float64)
+        return (1 - left) * self.base + left * pad(token, (0, len(self.base) - self.vocabulary))
+
+    def prior_sample(self, rows: int, length: int, noise: Noise) -> State:
+        cdf, uniform = self.prior_law().cumsum(0).to(noise.device), noise.uniform("prior", length)
+        x = torch.searchsorted(cdf, uniform, right=True).clamp(max=len(self.base) - 1)
+        return State(x, torch.ones(rows, dtype=torch.float64, device=noise.device))
+
+    def kernel(self, s: float, t: float) -> Tensor:
+        """q(x_t | x_s), float64 [S S]."""
+        at_s, at_t = (float(self.schedule.alpha(torch.tensor(u, dtype=torch.float64))) for u in (s, t))
+        stay = at_t / at_s if at_s else 1.0
+        return stay * torch.eye(len(self.base), dtype=torch.float64) + (1 - stay) * self.base
+
+    def marginal(self, token: Tensor, alpha: Tensor) -> Tensor:
+        """alpha token + (1 - alpha) base [... S] for laws of a token [... V]."""
+        return alpha * pad(token, (0, len(self.base) - self.vocabulary)) + (1 - alpha) * self.base.to(token.device)
+
+    # -- the network ----------------------------------------------------------------------------------------------
+    def times(self, state: State) -> Tensor:
+        """What the network is told: the rows' times [B], or [B L] with 0 at given positions, which have no noise."""
+        if state.given is None:
+            return state.t
+        return state.t.unsqueeze(-1).masked_fill(state.given, 0.0)
+
+    def evidence(self, x: Tensor, t: Tensor) -> Tensor:
+        """log q(x_t | v) for every token v, float64 [B L V]; t [B] or [B L]."""
+        alpha = self.schedule.alpha(t.double())
+        alpha = alpha.unsqueeze(-1) if t.dim() == 2 else alpha.view(-1, 1, 1)
+        here = one_hot(x, len(self.base))[..., : self.vocabulary]
+        return (alpha * here + (1 - alpha) * self.base.to(x.device)[x].unsqueeze(-1)).log()
+
+    def own_evidence(self, logits: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Context logits [N V] plus log q(x_t | v), up to a constant, for symbols x [N] at times t [N], 0 < t."""
+        alpha, base = self.schedule.alpha(t.double()), self.base.to(x.device)[x]
+        gain = torch.log1p(alpha / ((1 - alpha) * base).clamp(min=SMALLEST)) * (x < self.vocabulary)
+        token = x.clamp(max=self.vocabulary - 1).unsqueeze(-1)
+        return logits.scatter_add(-1, token, gain.to(logits.dtype).unsqueeze(-1))
+
+    @abstractmethod
+    def outlook(self, state: State, positions: Tensor, condition: Tensor | None = None) -> Outlook:
+        """One network call for the asked positions (bool [B L])."""
+
+    def predict(self, state: State, positions: Tensor | None = None, condition: Tensor | None = None) -> Prediction:
+        if positions is None:
+            positions = torch.ones_like(state.x, dtype=torch.bool)
+            outlook = self.outlook(state, positions, condition)
+            own = self.evidence(state.x, self.times(state)).flatten(0, 1)
+            log_p = (outlook.context + own).log_softmax(-1)
+            return Prediction(log_p.view(*state.x.shape, -1), native=outlook)
+        outlook = self.outlook(state, positions, condition)
+        own = self.evidence(state.x[positions].unsqueeze(-1), self.row_times(state, positions)).squeeze(1)
+        return Prediction((outlook.context + own).log_softmax(-1), native=outlook)
+
+    def row_times(self, state: State, positions: Tensor) -> Tensor:
+        """Times of the N asked positions."""
+        times = self.times(state)
+        return (times if times.dim() == 2 else times.unsqueeze(-1).expand(state.x.shape))[positions]
+
+    def ideal_context(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
+        """log c [B L V] of a world for what a network sees."""
+        return context(self.evidence(x, t)).log_softmax(-1)
+
+    # -- the bound ------------------------------------------------------------------------------------------------
+    def rate(self, x_0: Tensor, state: State) -> Tensor:
+        """Nats per unit of time [B]: the bound's integrand at the states' times, all in float64."""
+        alpha = self.alpha(state.t).expand(state.x.shape)
+        # Noise never leaves where the base law never leads: those positions cost nothing.
+        moves = self.base.to(state.x.device)[state.x] > 0
+        here, a = state.x[moves].unsqueeze(-1), alpha[moves].unsqueeze(-1)
+        token = one_hot(x_0[moves], self.vocabulary).double()
+        q, m = self.marginal(token, a), self.outlook(state, moves).marginal
+        r, model = (law / law.gather(-1, here) for law in (q, m))
+        nats = (torch.special.xlogy(r, r / model.clamp(min=SMALLEST)) - r + model).sum(-1)
+        nats = nats * self.base.to(state.x.device)[state.x[moves]]
+        row = torch.arange(len(x_0), device=x_0.device).unsqueeze(-1).expand(x_0.shape)[moves]
+        beta = -self.schedule.derivative(state.t) / self.schedule.alpha(state.t)
+        return beta * nats.new_zeros(len(x_0)).index_add(0, row, nats)
+
+    def prior_term(self, x_0: Tensor) -> Tensor:
+        """KL(q(x_1 | x_0) || prior), nats [B]; the same for every token."""
+        end, prior = self.kernel(0.0, 1.0)[0], self.prior_law()
+        kl = float((torch.special.xlogy(end, end) - torch.special.xlogy(end, prior)).sum())
+        return torch.full((len(x_0),), kl * x_0.shape[1], dtype=torch.float64, device=x_0.device)
+
+    def nll(self, x_0: Tensor, noise: Noise, calls: int | None = None) -> Nll:
+        """One draw of the bound: in continuous time, or of the first sampler at exactly ``calls`` calls."""
+        prior, sampler = self.prior_term(x_0), next(iter(self.steps))
+        if calls is None:
+            # Times of density 1 / (2 sqrt t): the rate of a replaced token is about 1 / t, with chance t, so that times
+            # drawn evenly would give an estimate of infinite variance.
+            root = noise.stratified("time").clamp(1e-6, 1 - 1e-9)
+            diffusion = 2 * root * self.rate(x_0, self.q_sample(x_0, root.square(), noise))
+            return Nll(diffusion, prior, torch.zeros_like(prior), "upper", sampler)
+        times = torch.tensor(self.plan(x_0.shape[1], calls, sampler), dtype=torch.float64, device=x_0.device)
+        number = len(times) - 1
+        k = (noise.stratified("step") * number).long().clamp(max=number - 1)
+        state = self.q_sample(x_0, times[k], noise)
+        diffusion = number * self.step_divergence(x_0, state, times[k + 1], sampler)
+        return Nll(diffusion, prior, torch.zeros_like(prior), "upper", sampler, number)
+
+    def step_divergence(self, x_0: Tensor, state: State, s: Tensor, sampler: str) -> Tensor:
+        """KL(q(x_s | x_t, x_0) || law of the step), nats [B]."""
+        step = self.steps[sampler]
+        asked = self.movable(state)
+        law = step.law(state, asked, self.predict(state, asked), s, lambda log_p: log_p)
+        row = torch.arange(len(x_0), device=x_0.device).unsqueeze(-1).expand(x_0.shape)[asked]
+        at_s = self.marginal(one_hot(x_0[asked], self.vocabulary).double(), self.alpha(s)[row])
+        bridge = self.bridge(at_s, state.x[asked], (self.alpha(state.t) / self.alpha(s))[row])
+        kl = (torch.special.xlogy(bridge, bridge) - torch.special.xlogy(bridge, law.log_p.exp())).sum(-1)
+        return kl.new_zeros(len(x_0)).index_add(0, row, kl)
+
+    # -- reverse --------------------------------------------------------------------------------------------------
+    def movable(self, state: State) -> Tensor:
+        """Positions that a reverse step may change, bool [B L]."""
+        movable = self.base.to(state.x.device)[state.x] > 0
+        return movable if state.given is None else movable & ~state.given
+
+    def bridge(self, at_s: Tensor, x_t: Tensor, stay: Tensor) -> Tensor:
+        """p(x_s | x_t) ~ m_s(x_s) q(x_t | x_s), float64 [N S], for marginals at s [N S], symbols [N] and stay [N 1]."""
+        back = stay * one_hot(x_t, len(self.base)) + (1 - stay) * self.base.to(x_t.device)[x_t].unsqueeze(-1)
+        law = at_s.clamp(min=0) * back
+        return law / law.sum(-1, keepdim=True).clamp(min=SMALLEST)
+
+    def plan(self, length: int, calls: int, sampler: str) -> Sequence[float]:
+        return [1 - k / calls for k in range(calls)] + [0.0]
+
+    def template(self, tokens: Tensor, given: Tensor, noise: Noise) -> State:
+        prior = self.prior_sample(len(tokens), tokens.shape[1], noise)
+        return State(torch.where(given, tokens, prior.x), prior.t, given)
+
+    def decode(self, state: State) -> Tensor:
+        """The symbols themselves, noise included; -1 at a [MASK]."""
+        return state.x.masked_fill(state.x >= self.vocabulary, -1)
+
+
+def random_given(rows: int, length: int, noise: Noise, share: float) -> Tensor:
+    """Positions to leave without noise in training, bool [B L]: none in most rows; in a ``share`` of them a prefix, or
+    positions here and there."""
+    kind, much = noise.uniform("given", 2).T
+    prefix = torch.arange(length, device=noise.device) < (much * length).unsqueeze(-1)
+    scattered = noise.uniform("scattered", length) < much.unsqueeze(-1)
+    chosen = torch.where((kind < share / 2).unsqueeze(-1), prefix, scattered)
+    return chosen & (kind < share).unsqueeze(-1)
+
+
+class Bridge(Step):
+    """The reversed chain, each position on its own."""
+
+    note = "the reversed chain, each position on its own; has a T-call bound"
+    reverses = True
+
+    def __init__(self, process: Replacing):
+        self.process = process
+
+    def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
+        return self.process.movable(state)
+
+    def asks(self, state: State, s: Tensor) -> Iterator[tuple[float, Tensor]]:
+        yield 1.0, self.process.movable(state)
+
+    def law(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Categorical:
+        return Categorical(asked, self.laws(state, asked, prediction.native, s, reshape).log())
+
+    def laws(self, state: State, asked: Tensor, outlook: Outlook, s: Tensor, reshape: Reshape) -> Tensor:
+        """Laws of the symbols at s, [N S]."""
+        process, row = self.process, asked.nonzero()[:, 0]
+        alpha_s, alpha_t = process.alpha(s)[row], process.alpha(state.t)[row]
+        stay, base = alpha_t / alpha_s, process.base.to(row.device)
+        context = outlook.context.exp()
+        # What of the marginal is text is exchanged for its reshaped law; the rest, free rates included, is kept.
+        text = (outlook.marginal - (1 - alpha_t) * base)[:, : process.vocabulary].clamp(min=0).sum(-1, keepdim=True)
+        change = pad(text * (reshape(outlook.context).exp() - context), (0, len(base) - process.vocabulary))
+        at_s = (outlook.marginal + change - (1 - stay) * base) / stay.clamp(min=SMALLEST)
+        # Where hardly anything of the marginal is text, its digits are lost: the context itself says what to write.
+        fresh = process.marginal(reshape(outlook.context).exp(), alpha_s)
+        at_s = torch.where(alpha_t > 1e-6, at_s, fresh)
+        # Free ratios can ask for less than nothing; a law that gave such symbols no chance would have no finite bound.
+        at_s = torch.where(at_s < -1e-12, 1e-4 * alpha_s * base, at_s)
+        if len(base) > process.vocabulary:
+            # The last step leaves no position open, whatever the rates say.
+            at_s = at_s.masked_fill((s[row] == 0).unsqueeze(-1) & (torch.arange(len(base)) == process.mask), 0.0)
+        return process.bridge(at_s, state.x[asked], stay)
+
+
+class Renewing(Bridge):
+    """The bridge, but a share of the positions is drawn anew from what the model expects at the step's end.
+
+    From the denoiser: the Psi sampler (2602.21185), of which remasking (2503.00307) is the absorbing case. From the
+    context: a Gibbs move (each such position is drawn given all others). Either lets an early mistake be mended.
+    """
+
+    reverses = False
+
+    def __init__(self, process: Replacing, share: float, blind: bool, note: str):
+        super().__init__(process)
+        self.share, self.blind = share, blind
+        self.note = note  # type: ignore[misc]
+
+    def laws(self, state: State, asked: Tensor, outlook: Outlook, s: Tensor, reshape: Reshape) -> Tensor:
+        row, process = asked.nonzero()[:, 0], self.process
+        token = reshape(outlook.context)
+        if not self.blind:
+            own = process.evidence(state.x[asked].unsqueeze(-1), process.row_times(state, asked)).squeeze(1)
+            token = (token + own).log_softmax(-1)
+        fresh = process.marginal(token.exp(), process.alpha(s)[row])
+        return (1 - self.share) * super().laws(state, asked, outlook, s, reshape) + self.share * fresh
