@@ -98,7 +98,7 @@ def evaluate(
         sampler: whose T-call bound; None takes the family's first.
         draws: noisy copies of each window, for families whose bound is estimated.
         seed: of the noise; a part of the protocol.
-        batch: windows in a network call; None: up to 128, and at most 2^26 logits.
+        batch: windows in a network call; None: up to 128, and at most 2^24 logits.
     Raises:
         UserError: a sampler that is not there, or without a known bound.
     """
@@ -113,7 +113,7 @@ def evaluate(
     for length in sorted({len(w) for w in windows}):
         chosen = np.array([i for i, w in enumerate(windows) if len(w) == length])
         x = torch.from_numpy(np.stack([windows[i] for i in chosen]).astype(np.int64)).to(device)
-        size = batch or max(1, min(128, 2**26 // (length * len(characters))))
+        size = batch or max(1, min(128, 2**24 // (length * len(characters))))
         if isinstance(process, HasCurve):
             copies = draws
             if length == longest and len(chosen) > 1:

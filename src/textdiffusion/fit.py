@@ -218,6 +218,7 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
                         averaged
                     )  # something to sample from; no validation that a whole run would not make
                 save()
+                card.write_card(run, best, now.step, now.seconds, corpus)
                 yield Stopped(path, now.step, now.seconds, None if math.isinf(best) else best, signals.received)
                 return
             # Not at the end: what a finished run keeps includes its last validation.

@@ -54,7 +54,7 @@ class TrainingView:
         elif isinstance(event, Stepped):
             self._progress(event)
         elif isinstance(event, Validated):
-            mark = "  best so far" if event.best else ""
+            mark = "" if event.best else "  not better than before"
             self._say(f"step {event.step:>7,}  held out {event.figure}{mark}")
             if event.risen_since is not None:
                 self._say(
