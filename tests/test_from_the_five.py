@@ -1,0 +1,55 @@
+"""Every right-hand side of docs/from-the-five.md runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import textdiffusion as td
+from textdiffusion.cli import main
+from textdiffusion.noise import Noise
+from textdiffusion.process import State
+from textdiffusion.schedules import geometric
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/from-the-five.md").read_text(encoding="utf-8")
+ROWS = [line.strip("| \n").split(" | ") for line in PAGE.splitlines() if line.startswith("|")]
+ROWS = [row for row in ROWS if row[0] not in ("there", "---|---")]
+CODE = list(dict.fromkeys(code for row in ROWS for code in re.findall(r"`([^`]+)`", row[1])))
+NAMES = {"td": td, "torch": torch, "Noise": Noise, "State": State, "geometric": geometric}
+SMALL = ["--steps", "2", "--length", "24", "--set", "training.batch=4", "--set", "network.width=16"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a text and a run, as the page has them."""
+    home = tmp_path_factory.mktemp("five")
+    (home / "my.txt").write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 60)
+    settings = ["training.batch=4", "process.graph=uniform"]
+    td.train(home / "runs/ratios", family="score_entropy", data=str(home / "my.txt"), depth=1, steps=3, length=32,
+             settings=settings)  # fmt: skip
+    return home
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_what_the_page_shows_runs(code, home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    if code.startswith("textdiffusion "):
+        words = shlex.split(code)[1:]
+        if words[0] == "train" and "--resume" not in words:
+            depth = [] if "--preset" in words else ["--depth", "1"]
+            heads = ["--set", "network.heads=1", "--set", "network.depth=1"]
+            words += [*SMALL, *heads, *depth, "--out", f"runs/{abs(hash(code))}"]
+        assert main(words) == 0, capsys.readouterr().err
+    elif code.startswith(("td.", "list(td.", "geometric(")):
+        assert eval(code, NAMES) is not None
+    else:
+        assert code.startswith(("--", ">", "runs/", "checkpoints/")), f"{code} is neither run nor part of what is"
+
+
+def test_the_page_is_a_page_of_code():
+    assert len(ROWS) > 30 and len(CODE) > 30
