@@ -56,11 +56,14 @@ class PlainTransformer(nn.Module):
         self.register_buffer("cos", angle.cos())
         self.register_buffer("sin", angle.sin())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def hidden(self, x: Tensor) -> Tensor:
         h = self.embedding(x)
         for block in self.blocks:
             h = block(h, self.cos[: x.shape[1]], self.sin[: x.shape[1]])
-        return self.head(self.norm(h))  # type: ignore[no-any-return]
+        return self.norm(h)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden(x))  # type: ignore[no-any-return]
 
 
 class PlainTraining:
@@ -109,11 +112,10 @@ def plain_sample(network: PlainTransformer, rows: int, length: int, calls: int, 
 
 @torch.no_grad()
 def plain_generate(network: PlainTransformer, rows: int, length: int, half: bool) -> Tensor:
-    """Left to right without a cache, as the small public repositories do it."""
+    """Left to right without a cache, the head at the last position alone (nanoGPT)."""
     x = torch.zeros(rows, 1, dtype=torch.long)
     for _ in range(length - 1):
         with torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext():
-            padded = F.pad(x, (0, length - x.shape[1]))
-            p = network(padded)[:, x.shape[1] - 1].softmax(-1)
+            p = network.head(network.hidden(x)[:, -1]).softmax(-1)
         x = torch.cat((x, torch.multinomial(p.float(), 1)), 1)
     return x

@@ -41,9 +41,10 @@ def texts(n: int = B, seed: int = 0) -> torch.Tensor:
 def shaken(name: str, **process_fields) -> Process:
     """A process whose head is not at zero."""
     process = make(name, **process_fields)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in process.network.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+        for _, p in sorted(process.network.named_parameters()):
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
     process.network.eval()
     return process
 
@@ -236,6 +237,22 @@ def test_no_config_field_is_dead(name):
             ]
             results.append((process.loss(texts(), Noise.of(0, B)), *texts_of))
         assert not all(torch.equal(a, b) for a, b in zip(*results, strict=True)), f"{name}: {f.name} does nothing"
+
+
+def test_bounds_of_samplers_that_have_none_are_refused(name):
+    from textdiffusion.errors import UserError
+    from textdiffusion.evaluation import evaluate
+
+    process, windows = make(name), list(texts(6).numpy())
+    proven = {"masked": {"random", "ancestral"}}.get(name, {next(iter(process.steps))})
+    for sampler in process.steps:
+        if sampler in proven:
+            figures = evaluate(process, windows, np.ones(V, dtype=int), calls=[L], sampler=sampler).by_calls
+            # An exact likelihood is of one number of calls only.
+            assert [f.sampler for f in figures] == ([] if name == "autoregressive" else [sampler])
+        else:
+            with pytest.raises(UserError, match="no bound is known"):
+                evaluate(process, windows, np.ones(V, dtype=int), calls=[L], sampler=sampler)
 
 
 @pytest.mark.parametrize("bad", ["nowhere", ""])

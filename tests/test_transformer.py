@@ -145,3 +145,38 @@ def test_the_convolution_and_its_written_out_gradient(causal, taps):
         )[0],
     ]  # fmt: skip
     assert torch.allclose(*both)
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_gradients_add_up_in_bfloat16(attention):
+    """Thousands of places of few symbols: each parameter's gradient is near that of float32."""
+    torch.manual_seed(0)
+    config = TransformerConfig(inputs=6, outputs=5, window=128, depth=2, width=64, heads=2, attention=attention)
+    network = Transformer(config)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    x = (torch.rand(32, 128) ** 4 * 6).long()
+    target = torch.randint(0, 5, (32 * 128,))
+    grads = []
+    for dtype in (torch.float32, torch.bfloat16):
+        network.compute_dtype = dtype
+        network.zero_grad()
+        torch.nn.functional.cross_entropy(network(x).float().flatten(0, 1), target).backward()
+        grads.append({name: p.grad.clone() for name, p in network.named_parameters()})
+    for name, exact in grads[0].items():
+        off = float((grads[1][name] - exact).norm() / exact.norm())
+        assert off < 0.05, (name, off)
+
+
+def test_times_by_position_mark_what_has_no_noise():
+    network = make(time=True, clean=True)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    x, t = torch.randint(0, 5, (3, 8)), torch.tensor([0.3, 0.6, 0.9])
+    everywhere = t.unsqueeze(-1).expand(3, 8)
+    assert torch.allclose(network(x, t), network(x, everywhere))
+    some = everywhere.clone()
+    some[:, :4] = 0.0
+    assert (network(x, t) - network(x, some)).abs().max() > 1e-3

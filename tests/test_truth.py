@@ -29,7 +29,13 @@ from textdiffusion.sampling import sample
 from textdiffusion.schedules import SCHEDULES, Schedule
 from textdiffusion.steps.unmasking import Ancestral, unmasking_steps
 from textdiffusion.verification import Subject, verify
-from textdiffusion.verification.enumeration import enumerated_law, exact_curve, integrated_bound, misfit
+from textdiffusion.verification.enumeration import (
+    enumerated_law,
+    exact_curve,
+    integrated_bound,
+    misfit,
+    noisy_states,
+)
 from textdiffusion.worlds import Table, chain, chain_entropy, copy, hidden_chain, random_table
 
 HERE = Path(__file__).parent
@@ -250,6 +256,21 @@ def test_context_denoiser_and_ratios_say_the_same(mask_share):
             assert torch.allclose(mine, ratio)
 
 
+@pytest.mark.parametrize("sampler", ["bridge", "psi", "gibbs"])
+@pytest.mark.parametrize("mask_share", [0.4, 1.0])
+def test_after_a_step_there_is_as_much_noise_as_its_time_says(sampler, mask_share):
+    """From exact states at t = .7 to s = .4: the share of [MASK] is mask_share (1 - alpha(s)), remasking included."""
+    process = Subject(Uniform, UniformConfig(mask_share=mask_share, renewal=0.5)).ideal(WORLD)
+    row, states, chance = noisy_states(process, WORLD.texts, 0.7)
+    state = State(states, torch.full((len(states),), 0.7, dtype=torch.float64))
+    step, s = process.steps[sampler], torch.full((len(states),), 0.4, dtype=torch.float64)
+    asked = step.ask(state, s, Noise.of(0, len(states)))
+    law = step.law(state, asked, process.predict(state, asked), s, lambda log_p: log_p)
+    masked = (states == V).double()
+    masked[asked] = law.log_p[:, V].exp()
+    assert float((WORLD.p[row] * chance) @ masked.mean(-1)) == pytest.approx(mask_share * 0.4, abs=1e-9)
+
+
 def test_a_corrupted_text_is_mended_without_being_told_where():
     """Copies of one token, one of them wrong: started at a low noise level, uniform noise finds and mends it."""
     world = copy(3, 5)
@@ -393,7 +414,7 @@ class DenoiserForTheContext(Uniform):
 
     def outlook(self, state, positions, condition=None):
         right = super().outlook(state, positions, condition)
-        own = self.evidence(state.x[positions].unsqueeze(-1), self.row_times(state, positions)).squeeze(1)
+        own = self.evidence(state.x[positions].unsqueeze(-1), self.noise_times(state)[positions]).squeeze(1)
         denoiser = (right.context + own).log_softmax(-1)
         return Outlook(denoiser, self.marginal(denoiser.exp(), self.alpha(state.t)[positions.nonzero()[:, 0]]))
 

@@ -66,7 +66,7 @@ def estimate(config: RunConfig, device: str) -> dict[str, Any]:
         network.compute_dtype = torch.bfloat16
     window, batch = int(config.network["window"]), training.batch
     if training.micro_batch is None:
-        size = min(batch, micro_batch_for(window, config.vocabulary, network.config.width))
+        size = min(batch, micro_batch_for(window, config.vocabulary, network.config.width, device))
         training = replace(training, micro_batch=size)
     learner = Learner(network, training)
     x_0 = torch.randint(0, config.vocabulary, (batch, window), device=device)

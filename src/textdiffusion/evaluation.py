@@ -123,6 +123,10 @@ def evaluate(
                 copies = max(draws, needed if needed <= max(draws, MOST_COPIES) else draws)
             curve, sums = _by_curve(process, x, sizes[chosen], budgets, sampler, copies, seed, size)
         else:
+            if calls and sampler not in (None, next(iter(process.steps))):
+                raise UserError(
+                    f"no bound is known for the sampler {sampler!r}; there is one for {next(iter(process.steps))}"
+                )
             sums = _by_draws(process, x, sizes[chosen], budgets, draws, seed, size)
         for j, part in enumerate(sums):
             totals[j] += part.nats

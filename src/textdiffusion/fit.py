@@ -146,7 +146,9 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
         fastest = fastest_precision(torch.device(device))
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=fastest))
     if config.training.micro_batch is None:
-        size = min(config.training.batch, micro_batch_for(window, config.vocabulary, int(config.network["width"])))
+        size = min(
+            config.training.batch, micro_batch_for(window, config.vocabulary, int(config.network["width"]), device)
+        )
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch=size))
     process = build(config)
     network = process.network

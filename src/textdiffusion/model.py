@@ -114,12 +114,12 @@ class Model:
         Args:
             n: texts.
             length: tokens; the training window unless given. A template has its own length.
-            calls: network calls a text; as many as tokens unless given, which is the best a family can do.
+            calls: network calls a text; as many as tokens unless given, the best that masked ones can do.
             sampler: one of ``model.process.steps``, or None (or "auto") for the family's recommended one.
             temperature, top_p: sharpen or cut the law of each token.
             seed: the same seed gives the same draws, whatever n.
             prompt: a given beginning. infill: a text in which each underscore is a free token.
-            first_row: number of the first text; its draws follow from that.
+            first_row: number of the first text, from which its draws follow.
         Raises:
             UserError: a value out of range, or something that the family cannot do.
         """
@@ -170,13 +170,15 @@ class Model:
         """
         if n < 1:
             raise UserError(f"-n must be at least 1, not {n}")
-        if reproducible and self.writer is not self.process:
+        if reproducible and self.precision != "fp32":
             return Model(self.process, self.tokenizer, self.config, self.device, "fp32").sample_counted(
                 n, length, calls, reproducible=True, **how
             )
         texts: list[str] = []
         made: list[int] = []
-        size = FIXED_BATCH if reproducible else BATCH
+        # Families that draw all positions anew hold several numbers for every symbol at each.
+        width = self.tokenizer.vocabulary * (length or self.window)
+        size = min(FIXED_BATCH if reproducible else BATCH, max(1, 2**24 // width))
         for first in range(0, n, size):
             part = size if reproducible else min(size, n - first)
             *_, last = self.stream(part, length, calls, **how, first_row=first)

@@ -3,8 +3,8 @@
     q(x_t | x_s) = stay [x_t = x_s] + (1 - stay) base(x_t),     stay = alpha(t) / alpha(s)
 
 The base law decides the kind: all mass on an extra symbol [MASK] is absorbing noise, the same mass on every token is
-uniform noise (D3PM 2107.03006, SEDD 2310.16834), a mixture is a hybrid (GIDD 2503.04482). S = V + 1 symbols if there is
-a [MASK], the one after the tokens; else S = V.
+uniform noise (D3PM 2107.03006, SEDD 2310.16834), a mixture is a hybrid (a stationary one, as in XDLM 2602.01362; the
+one of GIDD 2503.04482 depends on time). S = V + 1 symbols if there is a [MASK], the one after the tokens; else S = V.
 
 Two laws of a position say all that a model knows of it (2605.22765):
 
@@ -63,9 +63,6 @@ class Outlook:
     context: Tensor
     marginal: Tensor
 
-    def at(self, positions: Tensor) -> Outlook:
-        return Outlook(self.context[positions], self.marginal[positions])
-
 
 class Replacing(Process):
     """A family whose noise replaces tokens by draws from ``base`` (float64 [S]), under a schedule."""
@@ -120,9 +117,12 @@ class Replacing(Process):
     # -- the network ----------------------------------------------------------------------------------------------
     def times(self, state: State) -> Tensor:
         """What the network is told: the rows' times [B], or [B L] with 0 at given positions, which have no noise."""
-        if state.given is None:
-            return state.t
-        return state.t.unsqueeze(-1).masked_fill(state.given, 0.0)
+        return state.t if state.given is None else self.noise_times(state)
+
+    def noise_times(self, state: State) -> Tensor:
+        """The time that each position's noise is of, [B L]: 0 at given ones, whatever the network is told."""
+        times = state.t.unsqueeze(-1).expand(state.x.shape)
+        return times if state.given is None else times.masked_fill(state.given, 0.0)
 
     def evidence(self, x: Tensor, t: Tensor) -> Tensor:
         """log q(x_t | v) for every token v, float64 [B L V]; t [B] or [B L]."""
@@ -146,17 +146,12 @@ class Replacing(Process):
         if positions is None:
             positions = torch.ones_like(state.x, dtype=torch.bool)
             outlook = self.outlook(state, positions, condition)
-            own = self.evidence(state.x, self.times(state)).flatten(0, 1)
+            own = self.evidence(state.x, self.noise_times(state)).flatten(0, 1)
             log_p = (outlook.context + own).log_softmax(-1)
             return Prediction(log_p.view(*state.x.shape, -1), native=outlook)
         outlook = self.outlook(state, positions, condition)
-        own = self.evidence(state.x[positions].unsqueeze(-1), self.row_times(state, positions)).squeeze(1)
+        own = self.evidence(state.x[positions].unsqueeze(-1), self.noise_times(state)[positions]).squeeze(1)
         return Prediction((outlook.context + own).log_softmax(-1), native=outlook)
-
-    def row_times(self, state: State, positions: Tensor) -> Tensor:
-        """Times of the N asked positions."""
-        times = self.times(state)
-        return (times if times.dim() == 2 else times.unsqueeze(-1).expand(state.x.shape))[positions]
 
     def ideal_context(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         """log c [B L V] of a world for what a network sees."""
@@ -212,10 +207,13 @@ class Replacing(Process):
         return kl.new_zeros(len(x_0)).index_add(0, row, kl)
 
     # -- reverse --------------------------------------------------------------------------------------------------
+    def free(self, state: State) -> Tensor:
+        """Positions that are not given, bool [B L]."""
+        return torch.ones_like(state.x, dtype=torch.bool) if state.given is None else ~state.given
+
     def movable(self, state: State) -> Tensor:
-        """Positions that a reverse step may change, bool [B L]."""
-        movable = self.base.to(state.x.device)[state.x] > 0
-        return movable if state.given is None else movable & ~state.given
+        """Positions that the reversed chain may change, bool [B L]."""
+        return self.free(state) & (self.base.to(state.x.device)[state.x] > 0)
 
     def bridge(self, at_s: Tensor, x_t: Tensor, stay: Tensor) -> Tensor:
         """p(x_s | x_t) ~ m_s(x_s) q(x_t | x_s), float64 [N S], for marginals at s [N S], symbols [N] and stay [N 1]."""
@@ -280,7 +278,8 @@ class Bridge(Step):
         at_s = torch.where(at_s < -1e-12, 1e-4 * alpha_s * base, at_s)
         if len(base) > process.vocabulary:
             # The last step leaves no position open, whatever the rates say.
-            at_s = at_s.masked_fill((s[row] == 0).unsqueeze(-1) & (torch.arange(len(base)) == process.mask), 0.0)
+            symbols = torch.arange(len(base), device=row.device)
+            at_s = at_s.masked_fill((s[row] == 0).unsqueeze(-1) & (symbols == process.mask), 0.0)
         return process.bridge(at_s, state.x[asked], stay)
 
 
@@ -288,10 +287,18 @@ class Renewing(Bridge):
     """The bridge, but a share of the positions is drawn anew from what the model expects at the step's end.
 
     From the denoiser: the Psi sampler (2602.21185), of which remasking (2503.00307) is the absorbing case. From the
-    context: a Gibbs move (each such position is drawn given all others). Either lets an early mistake be mended.
+    context: a Gibbs move, each such position drawn given all others as they were; exact for one position at a time,
+    while here a share of them moves together, so that many calls come close to the law and do not reach it. Either lets
+    an early mistake be mended, also where the noise alone would never lead away from a shown token.
     """
 
     reverses = False
+
+    def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
+        return self.process.free(state)
+
+    def asks(self, state: State, s: Tensor) -> Iterator[tuple[float, Tensor]]:
+        yield 1.0, self.process.free(state)
 
     def __init__(self, process: Replacing, share: float, blind: bool, note: str):
         super().__init__(process)
@@ -302,7 +309,7 @@ class Renewing(Bridge):
         row, process = asked.nonzero()[:, 0], self.process
         token = reshape(outlook.context)
         if not self.blind:
-            own = process.evidence(state.x[asked].unsqueeze(-1), process.row_times(state, asked)).squeeze(1)
+            own = process.evidence(state.x[asked].unsqueeze(-1), process.noise_times(state)[asked]).squeeze(1)
             token = (token + own).log_softmax(-1)
         fresh = process.marginal(token.exp(), process.alpha(s)[row])
         return (1 - self.share) * super().laws(state, asked, outlook, s, reshape) + self.share * fresh

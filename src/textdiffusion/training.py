@@ -85,15 +85,19 @@ def last_cache() -> int:
         return 2**25
 
 
-def micro_batch_for(length: int, vocabulary: int, width: int, cache: int | None = None) -> int:
+def micro_batch_for(
+    length: int, vocabulary: int, width: int, device: torch.device | str = "cpu", cache: int | None = None
+) -> int:
     """Windows of ``length`` tokens for one forward and backward pass.
 
     As many as keep the widest activation, 4 ``width`` of 2 bytes a token, in a quarter of the last cache: with 105 MB
     whole batches of 8,192 tokens were 1.4 times as fast as 2,048 at a time (benchmarks/), and on a Zen 5 with less a
-    prototype had found the contrary. With large vocabularies what counts is memory: at most 2^26 logits.
+    prototype had found the contrary. At most 2^26 logits everywhere, for the memory; on a GPU nothing else counts.
     """
-    tokens = (cache or last_cache()) // (32 * width)
-    return max(1, min(tokens, 2**26 // vocabulary) // length)
+    tokens = 2**26 // vocabulary
+    if torch.device(device).type == "cpu":
+        tokens = min(tokens, (cache or last_cache()) // (32 * width))
+    return max(1, tokens // length)
 
 
 def tune_allocator() -> None:
@@ -205,7 +209,8 @@ class Learner:
             part = slice(begin, begin + size)
             label = None if condition is None else condition[part]
             # Dropout draws from torch's own generator: it is seeded by what the draws are for, and put back.
-            with torch.random.fork_rng(devices=[]):
+            devices = [x_0.device] if x_0.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(zlib.crc32(f"{noise.seed} {noise.step} {noise.rows[begin]}".encode()))
                 loss = process.loss(x_0[part], noise.select(part), label).sum() / noise.total
             loss.backward()

@@ -60,7 +60,7 @@ class Autoregressive(Hiding):
 
     @classmethod
     def network_fields(cls, config: Any, vocabulary: int) -> dict[str, Any]:
-        return {"inputs": vocabulary, "outputs": vocabulary, "attention": "causal"}
+        return {"inputs": vocabulary, "outputs": vocabulary, "attention": "causal", "time": False, "clean": False}
 
     # -- forward --------------------------------------------------------------------------------------------------
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Noise) -> State:

@@ -75,7 +75,13 @@ class Masked(Hiding):
 
     @classmethod
     def network_fields(cls, config: Any, vocabulary: int) -> dict[str, Any]:
-        return {"inputs": vocabulary + 1, "outputs": vocabulary, "attention": "bidirectional"}
+        return {
+            "inputs": vocabulary + 1,
+            "outputs": vocabulary,
+            "attention": "bidirectional",
+            "time": False,
+            "clean": False,
+        }
 
     # -- forward --------------------------------------------------------------------------------------------------
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Noise) -> State:

@@ -53,7 +53,7 @@ class ScoreEntropyConfig:
 
 
 class Euler(Bridge):
-    """Each position jumps to y with probability (sigma(t) - sigma(s)) base r'(y); the last step denoises."""
+    """Each position jumps to y with probability (t - s) beta(t) base r'(y); the last step denoises."""
 
     note = "tau-leaping: rates times the step, cut where they add up to more than one"
     reverses = False
@@ -62,17 +62,18 @@ class Euler(Bridge):
         exact = super().laws(state, asked, outlook, s, reshape)
         process, row = self.process, asked.nonzero()[:, 0]
         here = state.x[asked]
-        at_t, at_s = process.alpha(state.t)[row], process.alpha(s)[row]
-        sigma = at_s.log() - at_t.clamp(min=SMALLEST).log()
+        # Where alpha(1) = 0 beta is infinite at t = 1, and the ratios are 0: their product is neither.
+        alpha = process.schedule.alpha(state.t).clamp(min=SMALLEST)
+        grown = ((state.t - s) * -process.schedule.derivative(state.t) / alpha)[row].unsqueeze(-1)
         kept = outlook.marginal.gather(-1, here.unsqueeze(-1))
-        text = kept.new_tensor(1.0) - outlook.marginal[:, process.vocabulary :].sum(-1, keepdim=True)
+        text = outlook.marginal[:, : process.vocabulary].sum(-1, keepdim=True)
         law = outlook.marginal
         if process.mask < law.shape[-1]:
             law = pad(text * reshape(outlook.context).exp(), (0, 1))
         else:
             change = process.alpha(state.t)[row] * (reshape(outlook.context).exp() - outlook.context.exp())
             law = (law + change).clamp(min=0)
-        jump = sigma * process.base[here].unsqueeze(-1) * law / kept
+        jump = grown * process.base.to(row.device)[here].unsqueeze(-1) * law / kept
         jump = jump.scatter(-1, here.unsqueeze(-1), 0.0)
         total = jump.sum(-1, keepdim=True)
         jump = jump / total.clamp(min=1.0)
@@ -139,12 +140,15 @@ class ScoreEntropy(Replacing):
 
     # -- learning -------------------------------------------------------------------------------------------------
     def loss(self, x_0: Tensor, noise: Noise, condition: Tensor | None = None) -> Tensor:
-        """Score entropy, nats per token [B]; with weight = bound, one draw of the bound over L."""
+        """Score entropy, nats per token [B]; with weight = bound and given = 0, one draw of the bound over L, but for
+        its prior term."""
         t = noise.stratified("time").clamp(1e-6, 1 - 1e-6)
         if self.config.weight == "flat":
             low, high = (torch.special.ndtr(torch.tensor(b, dtype=torch.float64)) for b in (-2.0, 2.0))
             # A bell over the share of replaced tokens, as in the masked family, whatever the schedule.
-            t = self.schedule.inverse(0.5 + 0.25 * torch.special.ndtri(low + (high - low) * t))
+            rate = 0.5 + 0.25 * torch.special.ndtri(low + (high - low) * t)
+            whole = 1 - float(self.schedule.alpha(torch.tensor(1.0, dtype=torch.float64)))
+            t = self.schedule.inverse(rate * whole)
         state = self.q_sample(x_0, t, noise)
         given = None
         if self.config.graph == "uniform":

@@ -1,7 +1,7 @@
 """Uniform noise, learnt through the leave-one-out posterior (D3PM 2107.03006; UDLM 2412.10193; 2605.22765).
 
 q           Every token is replaced by a uniformly drawn one with probability 1 - alpha(t). ``mask_share`` above 0
-            replaces some by [MASK] instead: the hybrid of GIDD (2503.04482).
+            replaces some by [MASK] instead: a hybrid (XDLM 2602.01362).
 network     Context logits f_i(v) from the noisy text and t: the leave-one-out law c_i = softmax f_i.
 predict     softmax(f_i(v) + log q(x_t,i | v)): the token's own evidence is added, not learnt.
 loss        Cross-entropy of that denoiser at every noisy position. At its minimum f is the leave-one-out law: training
@@ -54,7 +54,7 @@ class Uniform(Replacing):
 
     Config: ClassVar[type] = UniformConfig
     summary: ClassVar[str] = "tokens are replaced at random and mended, any of them at any time; upper bound"
-    paper: ClassVar[str] = "D3PM 2107.03006, UDLM 2412.10193, leave-one-out 2605.22765, hybrid GIDD 2503.04482"
+    paper: ClassVar[str] = "D3PM 2107.03006, UDLM 2412.10193, leave-one-out 2605.22765, hybrid 2602.01362"
     bounded: ClassVar[bool] = True
     infills: ClassVar[bool] = True
 
@@ -84,12 +84,14 @@ class Uniform(Replacing):
         return Outlook(context, self.marginal(context.exp(), self.alpha(state.t)[row]))
 
     def loss(self, x_0: Tensor, noise: Noise, condition: Tensor | None = None) -> Tensor:
-        """Nats per noisy token [B]: cross-entropy of the denoiser, at times from a bell around 1/2."""
+        """Cross-entropy of the denoiser at all positions that are not given, over L: nats [B]; times from a bell."""
         t = noise.stratified("time")
         low, high = (torch.special.ndtr(torch.tensor(b, dtype=torch.float64)) for b in (-2.0, 2.0))
         t = self.schedule.inverse(0.5 + 0.25 * torch.special.ndtri(low + (high - low) * t))
         state = self.q_sample(x_0, t, noise)
-        given = random_given(len(x_0), x_0.shape[1], noise, self.config.given)
+        # Replacement is for networks that have never seen a clean position among noisy ones.
+        share = self.config.given if self.config.conditioning == "clean" else 0.0
+        given = random_given(len(x_0), x_0.shape[1], noise, share)
         state = State(torch.where(given, x_0, state.x), t, given)
         logits = self.network(state.x, self.times(state), condition=condition, positions=~given)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -24,7 +24,7 @@ from textdiffusion.verification.subject import DEVIATIONS, DRAWS, Check, L, Subj
 from textdiffusion.worlds import Table, copy, parity, random_table
 
 BLOCKS = 40  # of draws, whose means give the standard error: within a block draws are stratified
-RESOLUTION = 0.03  # share of a bound that its estimate may be off unseen, where so many draws can show it:
+RESOLUTION = 0.05  # share of a bound that its estimate may be off unseen, where so many draws can show it:
 MOST_DRAWS = 48_000  # of each text
 BLIND = 0.2  # where they cannot even show this, the estimate is no use
 SHOWN = (5, 16, 24)  # numbers of the texts that estimates are compared for
