@@ -6,7 +6,6 @@ A new file in families/ is found and tested with no test written for it.
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,13 +51,10 @@ def faults(subject, config=None) -> list[str]:
 
 
 @pytest.mark.parametrize("name", names())
-def test_every_family_passes_every_check_in_time(name):
-    begin = time.process_time()
+def test_every_family_passes_every_check(name):
     checks = list(verify(family(name)))
     assert [c for c in checks if not c.passed] == []
     assert len(checks) >= 10
-    # CPU seconds of all threads: the promise of 30 s on 2 cores, with room for a busy machine.
-    assert time.process_time() - begin < 60
 
 
 @pytest.mark.slow
