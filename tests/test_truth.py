@@ -50,7 +50,13 @@ def faults(subject, config=None) -> list[str]:
 # -- every family is right ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", names())
+# More than 15 seconds each: their bounds, laws and equalities have quicker tests of their own below.
+LONG = ("uniform", "score_entropy")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in names()]
+)
 def test_every_family_passes_every_check(name):
     checks = list(verify(family(name)))
     assert [c for c in checks if not c.passed] == []
@@ -71,7 +77,7 @@ def test_families_in_files_of_their_own_pass(file):
 @pytest.mark.parametrize(
     ("config", "known"),
     [
-        (ScoreEntropyConfig(graph="uniform"), []),
+        pytest.param(ScoreEntropyConfig(graph="uniform"), [], marks=pytest.mark.slow),
         pytest.param(ScoreEntropyConfig(noise="geometric"), [], marks=pytest.mark.slow),
         pytest.param(
             ScoreEntropyConfig(graph="uniform", noise="geometric"),
