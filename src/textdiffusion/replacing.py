@@ -143,15 +143,15 @@ class Replacing(Process):
         """One network call for the asked positions (bool [B L])."""
 
     def predict(self, state: State, positions: Tensor | None = None, condition: Tensor | None = None) -> Prediction:
-        if positions is None:
-            positions = torch.ones_like(state.x, dtype=torch.bool)
-            outlook = self.outlook(state, positions, condition)
-            own = self.evidence(state.x, self.noise_times(state)).flatten(0, 1)
-            log_p = (outlook.context + own).log_softmax(-1)
-            return Prediction(log_p.view(*state.x.shape, -1), native=outlook)
-        outlook = self.outlook(state, positions, condition)
-        own = self.evidence(state.x[positions].unsqueeze(-1), self.noise_times(state)[positions]).squeeze(1)
-        return Prediction((outlook.context + own).log_softmax(-1), native=outlook)
+        asked = torch.ones_like(state.x, dtype=torch.bool) if positions is None else positions
+        outlook = self.outlook(state, asked, condition)
+        log_p = self.denoiser(state, asked, outlook.context)
+        return Prediction(log_p if positions is not None else log_p.view(*state.x.shape, -1), native=outlook)
+
+    def denoiser(self, state: State, asked: Tensor, context: Tensor) -> Tensor:
+        """log p(x_0 | x_t) [N V] from the log of context laws [N V]: the symbols' own evidence is added."""
+        own = self.evidence(state.x[asked].unsqueeze(-1), self.noise_times(state)[asked]).squeeze(1)
+        return (context + own).log_softmax(-1)
 
     def ideal_context(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         """log c [B L V] of a world for what a network sees."""
@@ -294,22 +294,21 @@ class Renewing(Bridge):
 
     reverses = False
 
+    def __init__(self, process: Replacing, share: float, blind: bool, note: str):
+        super().__init__(process)
+        self.share, self.blind = share, blind
+        self.note = note  # type: ignore[misc]
+
     def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
         return self.process.free(state)
 
     def asks(self, state: State, s: Tensor) -> Iterator[tuple[float, Tensor]]:
         yield 1.0, self.process.free(state)
 
-    def __init__(self, process: Replacing, share: float, blind: bool, note: str):
-        super().__init__(process)
-        self.share, self.blind = share, blind
-        self.note = note  # type: ignore[misc]
-
     def laws(self, state: State, asked: Tensor, outlook: Outlook, s: Tensor, reshape: Reshape) -> Tensor:
         row, process = asked.nonzero()[:, 0], self.process
         token = reshape(outlook.context)
         if not self.blind:
-            own = process.evidence(state.x[asked].unsqueeze(-1), process.noise_times(state)[asked]).squeeze(1)
-            token = (token + own).log_softmax(-1)
+            token = process.denoiser(state, asked, token)
         fresh = process.marginal(token.exp(), process.alpha(s)[row])
         return (1 - self.share) * super().laws(state, asked, outlook, s, reshape) + self.share * fresh
