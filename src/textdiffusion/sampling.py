@@ -95,13 +95,16 @@ def sample(
     fixed = torch.zeros_like(written, dtype=torch.bool) if state.given is None else state.given
     confidence = fixed.double()
     made = torch.zeros(rows, dtype=torch.long)
-    # Every row goes by the plan for its own number of free positions, whatever rows it shares a batch with; one that
-    # comes to the end of its plan stands still there.
-    free = (~fixed).sum(-1).tolist()
-    plans = {count: list(process.plan(count, calls, name)) if count else [1.0, 0.0] for count in set(free)}
+    # Every row goes by the plan for its own free positions, whatever rows it shares a batch with; one that comes to the
+    # end of its plan stands still there.
+    plans: dict[bytes, list[float]] = {}
+    patterns = [free.numpy().tobytes() for free in ~fixed.cpu()]
+    for pattern, free in zip(patterns, ~fixed.cpu(), strict=True):
+        if pattern not in plans:
+            plans[pattern] = list(process.plan(free, calls, name)) if bool(free.any()) else [1.0, 0.0]
     longest = max(map(len, plans.values()))
     times = torch.tensor(
-        [plans[count] + [0.0] * (longest - len(plans[count])) for count in free], dtype=torch.float64
+        [plans[pattern] + [0.0] * (longest - len(plans[pattern])) for pattern in patterns], dtype=torch.float64
     ).to(written.device)
     yield Frame(0, longest - 1, 1.0, written.clone(), confidence.clone(), made.clone())
 

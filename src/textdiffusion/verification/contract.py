@@ -28,7 +28,7 @@ def contract(subject: Subject) -> Iterator[Check]:
     prior = process.prior_sample(len(text), L, noise)
     yield Check("the prior is at t = 1", float((prior.t - 1).abs().max()), 0, "sampling starts at another noise level")
     for name in process.steps:
-        times = list(process.plan(L, 2, name))
+        times = list(process.plan(torch.ones(L, dtype=torch.bool), 2, name))
         falls = all(a > b for a, b in itertools.pairwise(times))
         ok = falls and times[0] == 1 and times[-1] == 0
         yield Check(f"{name}: the plan falls from 1 to 0", 0 if ok else 1, 0, f"plan({L}, 2) is {times}")
