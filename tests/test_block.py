@@ -115,3 +115,26 @@ def test_what_it_cannot_do_it_says():
         TransformerConfig(inputs=2, outputs=2, window=4, attention="block", block_length=8)
     with pytest.raises(UserError, match="no bound is known"):
         next(iter(make().patterns(8, 4, "margin")))
+
+
+@pytest.mark.parametrize("calls", [6, 24])
+def test_a_text_stops_where_a_document_ends(calls):
+    """What is written up to the first end is what would have been written without stopping; nothing is behind it."""
+    process, end = make(4), 2
+    tokens, given = torch.full((20, 24), end), torch.arange(24) < torch.tensor([0, 3] * 10).unsqueeze(-1)
+    how = {"tokens": tokens, "given": given}
+    *_, whole = sample(process, Noise.of(3, 20), 24, calls, **how)
+    *_, cut = sample(process, Noise.of(3, 20), 24, calls, until=end, **how)
+    for row, free, text, short in zip(range(20), ~given, whole.tokens, cut.tokens, strict=True):
+        ends = ((text == end) & free).nonzero().flatten().tolist()
+        first = ends[0] if ends else 23
+        assert short[: first + 1].tolist() == text[: first + 1].tolist()
+        assert (short[first + 1 :] == -1).all()
+        assert cut.calls[row] < whole.calls[row] or first // 4 == 5
+    assert (cut.confidence[cut.tokens < 0] == 0).all()
+
+
+def test_stopping_is_for_left_to_right_alone():
+    process = Masked(lambda x, **_: torch.zeros(*x.shape, V), MaskedConfig(), V)
+    with pytest.raises(UserError, match="left to right"):
+        next(sample(process, Noise.of(0, 1), 4, 4, until=1))
