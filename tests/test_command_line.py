@@ -56,7 +56,7 @@ def refused(*arguments: object, **how) -> str:
 def runs(tmp_path_factory) -> Path:
     """A folder with one small run of each family."""
     folder = tmp_path_factory.mktemp("runs")
-    for family in ("masked", "autoregressive"):
+    for family in ("masked", "autoregressive", "uniform", "block"):
         out = ok("train", "--family", family, "--out", folder / family, "--json", *SMALL)
         body = json.loads(out)
         assert body["step"] == 30 and body["finished"] and body["best"] > 0
@@ -105,8 +105,17 @@ def test_sample(runs):
     with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as text:
         main(["sample", "--help"])
     assert "--device" in text.getvalue() and "--top-p" in text.getvalue()
-    long = json.loads(ok("sample", runs / "autoregressive", "-n", 1, "--length", 70, "--json"))
-    assert long["calls"] == 70
+    for family in ("autoregressive", "block"):
+        long = json.loads(ok("sample", runs / family, "-n", 1, "--length", 70, "--json"))
+        assert long["calls"] == 70 and len(long["samples"][0]["text"]) >= 70
+    assert "░" not in ok("sample", runs / "block", "-n", 2, "--length", 70, "--stop")
+
+
+def test_proofread(runs):
+    said = ok("sample", runs / "uniform", "--proofread", "def main():").splitlines()
+    assert said[-1].startswith("changed: ")
+    body = json.loads(ok("sample", runs / "uniform", "--proofread", "def main():", "--json"))
+    assert "changes" in body and body["samples"][0]["text"]
 
 
 def test_eval(runs):
@@ -210,6 +219,13 @@ def test_a_pipe_gets_plain_lines(tmp_path):
         (["sample", "RUN", "--prompt", "x" * 30], "prompt"),
         (["sample", "RUN", "--prompt", "x", "--infill", "x_"], "--infill"),
         (["sample", "AR", "--infill", "The ____ sat"], "masked"),
+        (["sample", "RUN", "--stop"], "autoregressive, block"),
+        (["sample", "RUN", "--proofread", "The cat"], "--family uniform"),
+        (["sample", "UNIFORM", "--proofread", "The cat", "--strength", "1"], "--strength"),
+        (["sample", "UNIFORM", "--proofread", "x" * 30], "trained on 24 tokens"),
+        (["sample", "UNIFORM", "--proofread", ""], "--length"),
+        (["sample", "BLOCK", "--infill", "The ____ sat"], "masked"),
+        (["train", "--family", "block", "--length", "4"], "block_length"),
         (["eval", "RUN", "--calls", "2,x"], "--calls"),
         (["eval", "RUN", "--eval-tokens", "0"], "--eval-tokens"),
         (["families", "nothing"], "nothing"),
@@ -227,7 +243,12 @@ def test_bad_input_is_one_clear_line(arguments, says, runs, tmp_path, monkeypatc
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "three.txt").write_text("abc")
-    places = {"RUN": runs / "masked", "AR": runs / "autoregressive"}
+    places = {
+        "RUN": runs / "masked",
+        "AR": runs / "autoregressive",
+        "UNIFORM": runs / "uniform",
+        "BLOCK": runs / "block",
+    }
     (tmp_path / "FILE").write_text("a file where a folder should be")
     (tmp_path / "FULL").mkdir()
     (tmp_path / "FULL" / "README.md").write_text("somebody's own")

@@ -10,10 +10,12 @@ import torch
 from rich.console import Console
 
 import textdiffusion as td
+from textdiffusion.families.uniform import Uniform, UniformConfig
 from textdiffusion.fit import Started, Stepped, Stopped, Validated
 from textdiffusion.sampling import sample
 from textdiffusion.terminal import TrainingView, clock
 from textdiffusion.watching import BLANK, painted, watch
+from textdiffusion.worlds import copy
 
 SETTINGS = ["training.batch=8", "network.width=32", "network.heads=2"]
 
@@ -44,6 +46,19 @@ def test_saved_and_loaded_it_writes_the_same(masked, autoregressive, pieces, fol
         assert again.sample(n=3, seed=5) == model.sample(n=3, seed=5)
         x = torch.randint(0, 20, (2, 16))
         assert torch.equal(again.process.network(x), model.process.network(x))
+
+
+def test_proofreading_mends_what_the_rest_of_the_text_contradicts(folder):
+    """With the exact posterior of texts that repeat one token: the odd one out is put right, wherever it is."""
+    model = td.train(folder / "uniform", family="uniform", depth=1, steps=1, length=4, settings=SETTINGS)
+    size = model.tokenizer.vocabulary
+    small = Uniform(None, UniformConfig(), size)
+    ideal = td.Model(small.over(small.ideal(copy(size, 4).context)), model.tokenizer, model.config)
+    ideal.writer = ideal.process
+    assert ideal.proofread("aaea", strength=0.2) == "aaaa"
+    assert ideal.proofread("eeee", strength=0.2) == "eeee"
+    with pytest.raises(td.UserError, match="--strength"):
+        ideal.proofread("aaaa", strength=0.0)
 
 
 def test_loading_leaves_the_callers_randomness_alone(folder, masked):

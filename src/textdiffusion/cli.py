@@ -88,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--prompt", metavar="TEXT", help="how the texts begin")
     p.add_argument("--infill", metavar="TEXT", help='text with gaps, one underscore a token: "The ____ sat"')
+    p.add_argument("--proofread", metavar="TEXT", help="mend this text instead, without being told where it is wrong")
+    p.add_argument("--strength", type=float, default=0.05, help="share of wrong tokens to expect (default: 0.05)")
     p.add_argument("--stop", action="store_true", help="end a text where a document ends (families from left to right)")
     p.add_argument("--watch", action="store_true", help="show the denoising")
     p.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
@@ -288,6 +290,8 @@ def _sample(args: argparse.Namespace) -> int:
     if args.watch and args.reproducible:
         raise UserError("--watch shows one batch as it is; leave out --reproducible, or --watch")
     model = load(args.run, args.device, args.precision)
+    if args.proofread is not None:
+        return _proofread(args, model)
     how = {
         "sampler": args.sampler, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
         "prompt": args.prompt, "infill": args.infill, "stop": args.stop,
@@ -303,6 +307,18 @@ def _sample(args: argparse.Namespace) -> int:
         return 0
     for number, text in enumerate(texts, 1):
         print(text if len(texts) == 1 else f"--- {number}\n{text}")
+    return 0
+
+
+def _proofread(args: argparse.Namespace, model: Model) -> int:
+    from textdiffusion.terminal import changes
+
+    mended = model.proofread(args.proofread, args.strength, args.calls or 8)
+    found = changes(args.proofread, mended)
+    if args.json:
+        print(json.dumps({"samples": [{"text": mended}], "changes": found}, ensure_ascii=False))
+    else:
+        print(mended, "changed: " + (", ".join(f"{old!r} to {new!r}" for old, new in found) or "nothing"), sep="\n")
     return 0
 
 

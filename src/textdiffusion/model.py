@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -19,10 +20,10 @@ from textdiffusion.fit import Stopped, fit
 from textdiffusion.networks.transformer import Transformer
 from textdiffusion.noise import Noise
 from textdiffusion.presets import configure
-from textdiffusion.process import Process
+from textdiffusion.process import Process, State
 from textdiffusion.run import RUNS, Run, RunConfig, newest_run
 from textdiffusion.sampling import sample
-from textdiffusion.template import Template, gaps, prompt
+from textdiffusion.template import Template, encode, gaps, prompt
 from textdiffusion.tokenizer import Tokenizer
 from textdiffusion.training import Precision, fastest_precision, tune_allocator
 from textdiffusion.watching import TextFrame, watch
@@ -197,6 +198,36 @@ class Model:
     def infill(self, template: str, n: int = 1, calls: int | None = None, **how: Any) -> list[str]:
         """Fill the gaps of a template, n times; each underscore is one free token, and \\_ a literal one."""
         return self.sample(n, None, calls, infill=template, **how)
+
+    @torch.inference_mode()
+    def proofread(self, text: str, strength: float = 0.05, calls: int = 8) -> str:
+        """The text, mended where it looks wrong, without being told where.
+
+        It is taken for one in which a share of the tokens has been replaced by others; each call puts the likeliest
+        token, given all that is there, at every position, until nothing changes.
+
+        Args:
+            text: of at most a window.
+            strength: the share of wrong tokens to expect.
+            calls: network calls, at most.
+        Raises:
+            UserError: a family whose noise only hides tokens, an impossible strength, or a text that is too long.
+        """
+        t = self.process.time_of(strength)
+        if t is None:
+            raise UserError(
+                f"the noise of this {self.config.family} run only hides tokens, so it cannot tell wrong ones; train "
+                "one with --family uniform"
+            )
+        x = encode(text, self.tokenizer)
+        self._check_length(len(x))
+        state = State(x.to(self.device).unsqueeze(0), torch.tensor([t], dtype=torch.float64, device=self.device))
+        for _ in range(calls):
+            mended = self.writer.predict(state).log_p.argmax(-1)
+            if torch.equal(mended, state.x):
+                break
+            state = replace(state, x=mended)
+        return self.tokenizer.decode(state.x[0].tolist())
 
     def watch(self, n: int = 1, length: int | None = None, calls: int | None = None, **how: Any) -> list[str]:
         """Show the denoising live, in a terminal or a notebook, or as plain lines over a pipe; returns the texts."""

@@ -213,6 +213,15 @@ class Process(ABC):
         """Decreasing times 1 = t_0 > ... > t_T = 0 of a run of about ``calls`` network calls for a text whose ``free``
         positions, bool [L], are to be written."""
 
+    def time_of(self, changed: float) -> float | None:
+        """The time at which a share ``changed`` of the tokens has become another token; None for a family whose noise
+        never does that, and which therefore cannot find what is wrong in a text.
+
+        Raises:
+            UserError: there is no such time.
+        """
+        return None
+
     @abstractmethod
     def template(self, tokens: Tensor, given: Tensor, noise: Noise) -> State:
         """A state at t = 1 in which the ``given`` positions of tokens [B L] are fixed."""

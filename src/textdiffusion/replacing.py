@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
+from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import (
     Categorical,
@@ -224,6 +225,15 @@ class Replacing(Process):
 
     def plan(self, free: Tensor, calls: int, sampler: str) -> Sequence[float]:
         return [1 - k / calls for k in range(calls)] + [0.0]
+
+    def time_of(self, changed: float) -> float | None:
+        tokens = float(self.base[: self.vocabulary].sum())
+        most = tokens * (1 - 1 / self.vocabulary)
+        if most <= 0:
+            return None
+        if not 0 < changed < most:
+            raise UserError(f"--strength must be above 0 and below {most:.2f} for this run, not {changed:g}")
+        return float(self.schedule.inverse(torch.tensor(changed / most, dtype=torch.float64)))
 
     def template(self, tokens: Tensor, given: Tensor, noise: Noise) -> State:
         prior = self.prior_sample(len(tokens), tokens.shape[1], noise)

@@ -32,6 +32,15 @@ def _join(parts: Sequence[tuple[list[int], bool]]) -> Template:
     return Template(torch.tensor(tokens, dtype=torch.long), torch.tensor(given, dtype=torch.bool))
 
 
+def encode(text: str, tokenizer: Tokenizer) -> Tensor:
+    """A text as tokens, int64 [L].
+
+    Raises:
+        UserError: it has symbols that the tokenizer cannot express.
+    """
+    return torch.tensor(_encode(text, tokenizer), dtype=torch.long)
+
+
 def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise UserError("the text is not valid Unicode; type it again, or check the terminal's encoding")

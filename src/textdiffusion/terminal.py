@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from difflib import SequenceMatcher
 
 from rich.console import Console
 from rich.live import Live
@@ -82,3 +83,12 @@ class TrainingView:
         elif now - self.last >= PLAIN_EVERY:
             self.last = now
             self._say(line)
+
+
+def changes(before: str, after: str) -> list[tuple[str, str]]:
+    """What differs between two texts, as (old, new) pieces in order."""
+    return [
+        (before[a:b], after[c:d])
+        for kind, a, b, c, d in SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+        if kind != "equal"
+    ]
