@@ -731,7 +731,12 @@ CONTROLS = {
     },
     OneTimeForAllRows: {"infilling by random": ["random: infilling draws the enumerated law"]},
 }  # fmt: skip
-ALONE: list = []
+# No other check sees these.
+ALONE = [
+    PriorOfUniformDraws, TemperatureHalfHeard, CacheOneTokenBehind, RoomForAStartToken, LossOfTheDenoiser,
+    LabelsSmoothed, SamplerNamedByItsCalls, ExactCalledUpper, BoundOfAnotherSampler, MeanOfTheCalls,
+    EveryCallPaysForAll,
+]  # fmt: skip
 CONFIGS = {MovedTokenTerm: ScoreEntropyConfig(graph="uniform")}
 
 
