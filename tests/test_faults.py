@@ -451,7 +451,7 @@ class KernelThatLosesMass(Masked):
         return super().kernel(s, t) * (1 - 0.01 * (t - s))
 
 
-# -- faults that only the check named for them can see -------------------------------------------------------------
+# -- one for each check that none of these makes fail --------------------------------------------------------------
 
 
 class SpreadForDeviation(Codes):
@@ -735,7 +735,7 @@ CONTROLS = {
 ALONE = [
     PriorOfUniformDraws, TemperatureHalfHeard, CacheOneTokenBehind, RoomForAStartToken, LossOfTheDenoiser,
     LabelsSmoothed, SamplerNamedByItsCalls, ExactCalledUpper, BoundOfAnotherSampler, MeanOfTheCalls,
-    EveryCallPaysForAll,
+    EveryCallPaysForAll, OneTimeForAllRows,
 ]  # fmt: skip
 CONFIGS = {MovedTokenTerm: ScoreEntropyConfig(graph="uniform")}
 
