@@ -95,5 +95,5 @@ class Fading(Hiding):
     def ideal(self, context):
         return as_network(lambda x, t: context(self.evidence(x, t)))
 
-    def plan(self, length, calls, sampler):
+    def plan(self, free, calls, sampler):
         return [1 - k / calls for k in range(calls)] + [0.0]

@@ -220,7 +220,7 @@ def test_no_config_field_is_dead(name):
     other = {
         "schedule": "cosine", "mask_rate": "uniform", "weight": "bound", "mask_share": 0.5, "given": 1.0,
         "conditioning": "replacement", "renewal": 0.9, "graph": "uniform", "noise": "geometric", "sigma_min": 0.1,
-        "sigma_max": 1.0,
+        "sigma_max": 1.0, "block_length": 3,
     }  # fmt: skip
     needs = {"sigma_min": {"noise": "geometric"}, "sigma_max": {"noise": "geometric"}, "conditioning": {"given": 1.0}}
     if name == "score_entropy":

@@ -133,8 +133,8 @@ class NotANumber(Masked):
 class StartsAtTheWrongNoiseLevel(Uniform):
     """The chain is run from t = 0.6, its state drawn as for t = 1."""
 
-    def plan(self, length, calls, sampler):
-        return [0.6 * t for t in super().plan(length, calls, sampler)]
+    def plan(self, free, calls, sampler):
+        return [0.6 * t for t in super().plan(free, calls, sampler)]
 
     def prior_sample(self, rows, length, noise):
         state = super().prior_sample(rows, length, noise)
@@ -214,7 +214,7 @@ class BoundWithoutTheRatePenalty(Masked):
         nats = self.rate(x_0, state)
         return Nll(nats, 0 * nats, 0 * nats, "upper", "free")
 
-    def plan(self, length, calls, sampler):
+    def plan(self, free, calls, sampler):
         return [1 - k / calls for k in range(calls)] + [0.0]
 
 
@@ -293,8 +293,8 @@ class BitsForNats(Masked):
 class NeverFinished(Masked):
     """The plan stops before time 0."""
 
-    def plan(self, length, calls, sampler):
-        return [t * 0.8 + 0.2 for t in super().plan(length, calls, sampler)]
+    def plan(self, free, calls, sampler):
+        return [t * 0.8 + 0.2 for t in super().plan(free, calls, sampler)]
 
 
 class TemplateForgotten(Masked):
@@ -411,8 +411,8 @@ class LikelihoodOfNobody(Masked):
 class OneCallMoreThanSaid(Masked):
     """Asked for one call it makes two, and says that its bound is of one."""
 
-    def plan(self, length, calls, sampler):
-        return super().plan(length, max(calls, 2), sampler)
+    def plan(self, free, calls, sampler):
+        return super().plan(free, max(calls, 2), sampler)
 
     def curve_weights(self, length, calls, sampler=None):
         weights, made = super().curve_weights(length, calls, sampler)
@@ -561,15 +561,15 @@ class RenewsWithNoise(Uniform):
 class GridShifted(Fading):
     """Times are shifted towards noise, the more so the more calls there are; by the square of what was meant."""
 
-    def plan(self, length, calls, sampler):
-        return [t * calls**2 / (1 + (calls**2 - 1) * t) for t in super().plan(length, calls, sampler)]
+    def plan(self, free, calls, sampler):
+        return [t * calls**2 / (1 + (calls**2 - 1) * t) for t in super().plan(free, calls, sampler)]
 
 
 class GridInTenths(Fading):
     """Times are those of a table of ten noise levels, so that many calls stand at the same."""
 
-    def plan(self, length, calls, sampler):
-        return [round(t, 1) for t in super().plan(length, calls, sampler)]
+    def plan(self, free, calls, sampler):
+        return [round(t, 1) for t in super().plan(free, calls, sampler)]
 
 
 class EveryCallPaysForAll(Masked):

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from textdiffusion.errors import UserError
-from textdiffusion.networks.transformer import Convolution, Transformer, TransformerConfig, rotate
+from textdiffusion.networks.convolution import Convolution
+from textdiffusion.networks.transformer import Transformer, TransformerConfig, rotate
 
 VARIANTS = [
     {},
@@ -125,7 +126,7 @@ def test_refusals():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("taps", [1, 3, 5])
 def test_the_convolution_and_its_written_out_gradient(causal, taps):
-    convolution = Convolution(4, taps, causal).double()
+    convolution = Convolution(4, taps, 1 if causal else None).double()
     start = torch.randn(2, 7, 4, dtype=torch.float64)
     assert torch.equal(convolution(start), start)
     with torch.no_grad():
@@ -180,3 +181,58 @@ def test_times_by_position_mark_what_has_no_noise():
     some = everywhere.clone()
     some[:, :4] = 0.0
     assert (network(x, t) - network(x, some)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("fields", [{}, {"convolution": 0}, {"convolution": 3}, {"classes": 3}], ids=str)
+@pytest.mark.parametrize(("size", "length"), [(1, 12), (3, 12), (4, 12), (5, 12), (4, 10), (12, 12), (8, 5)])
+def test_a_noisy_position_sees_its_block_and_the_clean_ones_before_it(fields, size, length):
+    network = make(attention="block", block_length=size, positions="rotary", **fields)
+    given = inputs(network, length=2 * length)
+    base = network(**given, halves=True)
+    for j in range(2 * length):
+        changed = given["x"].clone()
+        changed[:, j] = (changed[:, j] + 1) % 7
+        moved = (network(**given | {"x": changed}, halves=True) - base).abs().amax((0, 2)) > 1e-7
+        block = j % length // size
+        noisy = [block == i // size if j < length else block < i // size for i in range(length)]
+        clean = [j >= length and block <= i // size for i in range(length)]
+        assert moved.tolist() == noisy + clean
+
+
+def test_one_block_of_all_is_bidirectional():
+    one = make(attention="block", block_length=12, positions="rotary")
+    other = make(attention="bidirectional", positions="rotary")
+    other.load_state_dict(one.state_dict())
+    x = torch.randint(0, 7, (3, 24))
+    assert torch.allclose(one(x, halves=True)[:, :12], other(x[:, :12]), atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{}, {"convolution": 0}], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_blocks_past_the_window_are_read_from_the_cache_exactly(fields, size):
+    """Of 40 positions with a window of 12, block by block: as all in one pass, by a network whose window is longer but
+    that sees as far."""
+    network = make(attention="block", block_length=size, positions="rotary", **fields)
+    longer = make(attention="block", block_length=size, positions="rotary", window=40, **fields)
+    longer.load_state_dict(network.state_dict())
+    span, x = 12 - size, torch.randint(0, 7, (2, 40))
+    seen = longer._view
+
+    def near(at, other, halves):
+        longer.config.window = 12
+        try:
+            return seen(at, other, halves)
+        finally:
+            longer.config.window = 40
+
+    longer._view = near
+    whole = longer(x)
+    assert span > 0
+    cache, out = network.empty_cache(2), []
+    for begin in range(0, 40, size):
+        # The block behind is read ahead, and read again when it is what it is.
+        at = torch.arange(begin, min(begin + 2 * size, 40)).expand(2, -1)
+        symbols = x.gather(1, at)
+        symbols[:, size:] = 0
+        out.append(network(symbols, cache=cache, at=at)[:, : min(size, 40 - begin)])
+    assert torch.allclose(torch.cat(out, 1), whole, atol=1e-5)

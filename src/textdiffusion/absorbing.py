@@ -31,6 +31,20 @@ from textdiffusion.process import Discrete, Network, Process, State
 from textdiffusion.schedules import Schedule
 
 
+def check_training(mask_rate: str, weight: str) -> None:
+    """Refuse values that the two fields of training (mask_rate, weight) do not have."""
+    if mask_rate not in ("uniform", "bell") or weight not in ("bound", "flat"):
+        raise UserError("process.mask_rate must be uniform or bell, process.weight bound or flat")
+
+
+def mask_rates(uniform: Tensor, law: str) -> Tensor:
+    """Mask rates for training from uniform draws: as they are, or "bell", N(1/2, 1/4) cut to (0, 1) (2605.13026)."""
+    if law == "uniform":
+        return uniform
+    low, high = (torch.special.ndtr(torch.tensor(b, dtype=torch.float64)) for b in (-2.0, 2.0))
+    return 0.5 + 0.25 * torch.special.ndtri(low + (high - low) * uniform)
+
+
 def hide_counts(length: int, hidden: Tensor, noise: Noise, tag: str = "hide") -> Tensor:
     """Choose exactly ``hidden`` [B] of ``length`` positions, uniformly at random: bool [B L]."""
     order = noise.uniform(tag, length).argsort(-1).argsort(-1)

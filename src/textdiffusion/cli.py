@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--prompt", metavar="TEXT", help="how the texts begin")
     p.add_argument("--infill", metavar="TEXT", help='text with gaps, one underscore a token: "The ____ sat"')
+    p.add_argument("--stop", action="store_true", help="end a text where a document ends (families from left to right)")
     p.add_argument("--watch", action="store_true", help="show the denoising")
     p.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
                    help="of the network (default: auto, what this machine multiplies faster)")  # fmt: skip
@@ -289,7 +290,7 @@ def _sample(args: argparse.Namespace) -> int:
     model = load(args.run, args.device, args.precision)
     how = {
         "sampler": args.sampler, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
-        "prompt": args.prompt, "infill": args.infill,
+        "prompt": args.prompt, "infill": args.infill, "stop": args.stop,
     }  # fmt: skip
     if args.watch and not args.json:
         model.watch(args.n, args.length, args.calls, **how)

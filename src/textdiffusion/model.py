@@ -107,6 +107,7 @@ class Model:
         seed: int = 0,
         prompt: str | None = None,
         infill: str | None = None,
+        stop: bool = False,
         first_row: int = 0,
     ) -> Iterator[TextFrame]:
         """Denoise n texts together, frame by frame.
@@ -119,6 +120,7 @@ class Model:
             temperature, top_p: sharpen or cut the law of each token.
             seed: the same seed gives the same draws, whatever n.
             prompt: a given beginning. infill: a text in which each underscore is a free token.
+            stop: end a text where a document ends, and write nothing behind it; for families from left to right.
             first_row: number of the first text, from which its draws follow.
         Raises:
             UserError: a value out of range, or something that the family cannot do.
@@ -126,6 +128,12 @@ class Model:
         for name, value, low in (("-n", n, 1), ("--calls", calls, 1), ("--temperature", temperature, 0)):
             if value is not None and not low <= value <= LONGEST:
                 raise UserError(f"{name} must be from {low} to {LONGEST:,}, not {value:g}")
+        if stop and self.process.infills:
+            able = [name for name in names() if not family(name).infills]
+            raise UserError(
+                f"the {self.config.family} family writes all of a text at once and cannot stop at its end; leave out "
+                f"--stop, or use a run of: {', '.join(able)}"
+            )
         if top_p is not None and not 0 < top_p <= 1:
             raise UserError(f"--top-p must be above 0 and at most 1, not {top_p:g}")
         template = self._template(length, prompt, infill)
@@ -144,9 +152,9 @@ class Model:
         known = torch.zeros(n, length, dtype=torch.bool) if given is None else given.cpu()
         for frame in sample(
             self.writer, noise, length, calls or max(free, 1), sampler=sampler, tokens=tokens, given=given,
-            temperature=temperature, top_p=top_p,
+            temperature=temperature, top_p=top_p, until=self.tokenizer.end_of_text if stop else None,
         ):  # fmt: skip
-            yield TextFrame(frame, known, self.tokenizer)
+            yield TextFrame(frame, known, self.tokenizer, stop)
 
     def sample(self, n: int = 4, length: int | None = None, calls: int | None = None, **how: Any) -> list[str]:
         """Write n texts; arguments as in `stream`."""

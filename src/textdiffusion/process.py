@@ -165,6 +165,11 @@ class Process(ABC):
         self.start = start  # the end-of-text token: what a text starts after
 
     @classmethod
+    def small(cls) -> Any:
+        """A config that shows all there is to the family on texts of three tokens: what verification takes."""
+        return cls.Config()
+
+    @classmethod
     @abstractmethod
     def network_fields(cls, config: Any, vocabulary: int) -> dict[str, Any]:
         """Fields of the network's config that the family decides (inputs, outputs, attention, time)."""
@@ -204,8 +209,9 @@ class Process(ABC):
 
     # -- reverse --------------------------------------------------------------------------------------------------
     @abstractmethod
-    def plan(self, length: int, calls: int, sampler: str) -> Sequence[float]:
-        """Decreasing times 1 = t_0 > ... > t_T = 0 of a run of about ``calls`` network calls for L free positions."""
+    def plan(self, free: Tensor, calls: int, sampler: str) -> Sequence[float]:
+        """Decreasing times 1 = t_0 > ... > t_T = 0 of a run of about ``calls`` network calls for a text whose ``free``
+        positions, bool [L], are to be written."""
 
     @abstractmethod
     def template(self, tokens: Tensor, given: Tensor, noise: Noise) -> State:
@@ -272,6 +278,23 @@ class HasCurve(Protocol):
         self, length: int, calls: int | None, sampler: str | None = None
     ) -> tuple[np.ndarray, int | None]:
         """Weights float64 [length + 1], bound = sum over n of weights[n] * curve(n), and the calls that it is of.
+
+        Raises:
+            UserError: no bound is known for this sampler.
+        """
+        ...
+
+
+@runtime_checkable
+class HasPatterns(Protocol):
+    """A process whose bounds are weighted sums of what tokens cost when some positions are hidden; verification
+    enumerates them where there is no curve."""
+
+    def patterns(
+        self, length: int, calls: int | None, sampler: str | None = None
+    ) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """(weight, hidden, scored), the last two bool [length]: bound(x) is the sum over all of them of the weight
+        times -log p of x's scored tokens, given x with the hidden positions hidden. ``calls`` None: of the most calls.
 
         Raises:
             UserError: no bound is known for this sampler.

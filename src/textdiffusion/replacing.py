@@ -188,7 +188,8 @@ class Replacing(Process):
             root = noise.stratified("time").clamp(1e-6, 1 - 1e-9)
             diffusion = 2 * root * self.rate(x_0, self.q_sample(x_0, root.square(), noise))
             return Nll(diffusion, prior, torch.zeros_like(prior), "upper", sampler)
-        times = torch.tensor(self.plan(x_0.shape[1], calls, sampler), dtype=torch.float64, device=x_0.device)
+        plan = self.plan(torch.ones(x_0.shape[1], dtype=torch.bool), calls, sampler)
+        times = torch.tensor(plan, dtype=torch.float64, device=x_0.device)
         number = len(times) - 1
         k = (noise.stratified("step") * number).long().clamp(max=number - 1)
         state = self.q_sample(x_0, times[k], noise)
@@ -221,7 +222,7 @@ class Replacing(Process):
         law = at_s.clamp(min=0) * back
         return law / law.sum(-1, keepdim=True).clamp(min=SMALLEST)
 
-    def plan(self, length: int, calls: int, sampler: str) -> Sequence[float]:
+    def plan(self, free: Tensor, calls: int, sampler: str) -> Sequence[float]:
         return [1 - k / calls for k in range(calls)] + [0.0]
 
     def template(self, tokens: Tensor, given: Tensor, noise: Noise) -> State:

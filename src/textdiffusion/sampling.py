@@ -60,6 +60,7 @@ def sample(
     temperature: float = 1.0,
     top_p: float | None = None,
     condition: Tensor | None = None,
+    until: int | None = None,
 ) -> Iterator[Frame]:
     """Denoise as many texts as ``noise`` has rows.
 
@@ -74,9 +75,13 @@ def sample(
         temperature, top_p: applied to the predicted law of each token; anything but 1 and None is no longer the
             model's law.
         condition: class labels int64 [B].
+        until: a token that ends a text: nothing is written behind the first one that is drawn. Only for families that
+            write from left to right.
     Raises:
-        UserError: an unknown sampler, or fixed positions that the family cannot take.
+        UserError: an unknown sampler, or something that the family cannot do.
     """
+    if until is not None and process.infills:
+        raise UserError("only families that write from left to right can stop at the end of a text; leave out --stop")
     name = next(iter(process.steps)) if sampler is None else sampler
     if name not in process.steps:
         raise UserError(f"this family has no sampler {name!r}; it has: {', '.join(process.steps)}")
@@ -95,13 +100,16 @@ def sample(
     fixed = torch.zeros_like(written, dtype=torch.bool) if state.given is None else state.given
     confidence = fixed.double()
     made = torch.zeros(rows, dtype=torch.long)
-    # Every row goes by the plan for its own number of free positions, whatever rows it shares a batch with; one that
-    # comes to the end of its plan stands still there.
-    free = (~fixed).sum(-1).tolist()
-    plans = {count: list(process.plan(count, calls, name)) if count else [1.0, 0.0] for count in set(free)}
+    # Every row goes by the plan for its own free positions, whatever rows it shares a batch with; one that comes to the
+    # end of its plan stands still there.
+    plans: dict[bytes, list[float]] = {}
+    patterns = [free.numpy().tobytes() for free in ~fixed.cpu()]
+    for pattern, free in zip(patterns, ~fixed.cpu(), strict=True):
+        if pattern not in plans:
+            plans[pattern] = list(process.plan(free, calls, name)) if bool(free.any()) else [1.0, 0.0]
     longest = max(map(len, plans.values()))
     times = torch.tensor(
-        [plans[count] + [0.0] * (longest - len(plans[count])) for count in free], dtype=torch.float64
+        [plans[pattern] + [0.0] * (longest - len(plans[pattern])) for pattern in patterns], dtype=torch.float64
     ).to(written.device)
     yield Frame(0, longest - 1, 1.0, written.clone(), confidence.clone(), made.clone())
 
@@ -143,7 +151,26 @@ def sample(
             confidence[active] = torch.where(drawn, probability, confidence[active])
         state = replace(state, t=s)
         written[active] = process.decode(state)
+        if until is not None:
+            ended = _cut(written, fixed, until)
+            confidence.masked_fill_(written < 0, 0.0)
+            keep = (~ended[active]).nonzero().squeeze(-1)
+            state, active = state.select(keep), active[keep]
         yield Frame(k, longest - 1, float(times[:, k].max()), written.clone(), confidence.clone(), made.clone())
+        if not len(active):
+            return  # all texts have ended early
+
+
+def _cut(written: Tensor, fixed: Tensor, until: int) -> Tensor:
+    """Take back what is written [B L] behind the first token ``until`` of each text, if all before it is written; which
+    texts have ended there, bool [B]."""
+    ends = (written == until) & ~fixed
+    before = (written >= 0).long().cumprod(-1).bool()
+    first = (ends & before).long().argmax(-1)
+    ended = (ends & before).any(-1)
+    behind = torch.arange(written.shape[1], device=written.device) > first.unsqueeze(-1)
+    written.masked_fill_(behind & ended.unsqueeze(-1), -1)
+    return ended
 
 
 def _advance(

@@ -24,11 +24,15 @@ CONFIDENCE = ((0.25, "#8c9fdc"), (0.6, "#b9b48c"), (1.01, "#f5e56b"))
 
 @dataclass(frozen=True)
 class TextFrame:
-    """A frame of the reverse process (sampling.Frame) that can be read; given: bool [B L], which tokens were fixed."""
+    """A frame of the reverse process (sampling.Frame) that can be read.
+
+    given: bool [B L], which tokens were fixed; stop: texts end where their first document does.
+    """
 
     frame: Frame
     given: torch.Tensor
     tokenizer: Tokenizer
+    stop: bool = False
 
     @property
     def pieces(self) -> list[list[str]]:
@@ -39,7 +43,13 @@ class TextFrame:
     @property
     def texts(self) -> list[str]:
         """The texts, with BLANK where nothing is written yet."""
-        return [self._text(row) for row in self.frame.tokens.tolist()]
+        return [self._text(self._to_its_end(row)) for row in self.frame.tokens.tolist()]
+
+    def _to_its_end(self, row: list[int]) -> list[int]:
+        """A text without its end-of-text token and the nothing behind it, once it has ended."""
+        last = next((i for i in range(len(row) - 1, -1, -1) if row[i] >= 0), 0)
+        ended = self.stop and row[last] == self.tokenizer.end_of_text and -1 not in row[:last]
+        return row[:last] if ended else row
 
     def _text(self, row: list[int]) -> str:
         """Decode runs of written tokens, so that characters of several bytes come out whole."""

@@ -82,7 +82,7 @@ class Codes(Process):
     def ideal(self, context):
         return as_network(lambda z, t: context(self.evidence(z, t)))
 
-    def plan(self, length, calls, sampler):
+    def plan(self, free, calls, sampler):
         return []
 
     def template(self, tokens, given, noise):

@@ -138,5 +138,6 @@ class Autoregressive(Hiding):
         return as_network(outputs)
 
     # -- reverse --------------------------------------------------------------------------------------------------
-    def plan(self, length: int, calls: int, sampler: str) -> Sequence[float]:
+    def plan(self, free: Tensor, calls: int, sampler: str) -> Sequence[float]:
+        length = int(free.sum())
         return [1 - k / length for k in range(length)] + [0.0]

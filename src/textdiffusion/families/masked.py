@@ -28,11 +28,13 @@ from textdiffusion.absorbing import (
     Hiding,
     ancestral_weights,
     carry_over,
+    check_training,
     count_weights,
     hidden_evidence,
     hidden_targets,
     hide_counts,
     hiding_kernel,
+    mask_rates,
 )
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
@@ -54,8 +56,7 @@ class MaskedConfig:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise UserError(f"process.schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
-        if self.mask_rate not in ("uniform", "bell") or self.weight not in ("bound", "flat"):
-            raise UserError("process.mask_rate must be uniform or bell, process.weight bound or flat")
+        check_training(self.mask_rate, self.weight)
 
 
 @final
@@ -110,10 +111,7 @@ class Masked(Hiding):
         """
         length = x_0.shape[1]
         # 1. A mask rate, stratified over the global batch.
-        rate = noise.stratified("rate")
-        if self.config.mask_rate == "bell":
-            low, high = (torch.special.ndtr(torch.tensor(b, dtype=torch.float64)) for b in (-2.0, 2.0))
-            rate = 0.5 + 0.25 * torch.special.ndtri(low + (high - low) * rate)
+        rate = mask_rates(noise.stratified("rate"), self.config.mask_rate)
         # 2. Hide exactly n positions, n = 1..L.
         n = (rate * length).long().clamp(max=length - 1) + 1
         total = self._cross_entropy(x_0, hide_counts(length, n, noise), condition)
@@ -140,7 +138,7 @@ class Masked(Hiding):
             raise UserError(f"no bound is known for the sampler {sampler!r}; there is one for random and ancestral")
         if calls is None:
             return np.concatenate(([0.0], np.ones(length))), None
-        times = self.plan(length, calls, sampler)
+        times = self.plan(torch.ones(length, dtype=torch.bool), calls, sampler)
         if sampler == "ancestral":
             return ancestral_weights(length, self.schedule, times), len(times) - 1
         free = torch.full((len(times),), length)
@@ -161,8 +159,9 @@ class Masked(Hiding):
         return weight * self._cross_entropy(x_0, state.x == self.mask)
 
     # -- reverse --------------------------------------------------------------------------------------------------
-    def plan(self, length: int, calls: int, sampler: str) -> Sequence[float]:
+    def plan(self, free: Tensor, calls: int, sampler: str) -> Sequence[float]:
         """Uniform in t; but samplers of exact counts reveal one position a call where the calls suffice for that."""
+        length = int(free.sum())
         if sampler != "ancestral" and calls >= length:
             hidden = torch.arange(length, -1, -1, dtype=torch.float64) / length
             return [float(t) for t in self.schedule.inverse(hidden)]

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from textdiffusion.errors import UserError
+from textdiffusion.networks.convolution import Convolution
 
 Attention = Literal["bidirectional", "causal", "block"]
 
@@ -41,7 +42,7 @@ class TransformerConfig:
     width: int = 256
     heads: int = 4
     attention: Attention = "bidirectional"
-    block_length: int = 1  # for attention = "block"
+    block_length: int = 8  # for attention = "block"
     positions: Literal["learned", "rotary"] = "learned"
     convolution: int = 5  # taps of the depthwise convolutions; 0 leaves them out
     expansion: float = 4.0  # width of the feed-forward part over the width
@@ -61,6 +62,11 @@ class TransformerConfig:
             )
         if self.positions == "rotary" and self.width // self.heads % 2:
             raise UserError("rotary positions need an even network.width / network.heads")
+        if self.attention == "block" and self.block_length > self.window:
+            raise UserError(
+                f"process.block_length {self.block_length} is longer than the window of {self.window} tokens; "
+                "lower it or raise --length"
+            )
         if self.width % self.heads:
             raise UserError(f"network.width {self.width} is no multiple of network.heads {self.heads}; change one")
         if self.convolution < 0 or (
@@ -87,75 +93,34 @@ def normalise(x: Tensor) -> Tensor:
 
 @dataclass
 class Cache:
-    """What a causal network remembers of the positions it has seen: keys, values and convolution inputs, by layer.
+    """What a network that writes from left to right remembers: keys, values and convolution inputs, by layer.
 
-    Every tensor has B in front, so that rows can be selected.
+    A ring of W slots: position p is kept in slot p modulo W. Every tensor has B in front, so that rows can be selected.
     """
 
     keys: list[Tensor]  # [B H W D/H]
     values: list[Tensor]  # [B H W D/H]
     shifted: list[Tensor]  # [B W D], two a layer
+    places: Tensor  # int64 [B W], the position in each slot; -1 for none
 
     def select(self, rows: Tensor) -> Cache:
-        return Cache(*([x[rows] for x in part] for part in (self.keys, self.values, self.shifted)))
+        keys, values, shifted = ([x[rows] for x in part] for part in (self.keys, self.values, self.shifted))
+        return Cache(keys, values, shifted, self.places[rows])
 
 
-class _Depthwise(torch.autograd.Function):
-    """Depthwise convolution of x [B L D] over positions with weight [taps D], ``left`` of the taps looking back.
+@dataclass(frozen=True)
+class View:
+    """Who sees whom in a pass of the network.
 
-    Both passes over positions are the library's 2-D convolution on the same memory, seen as channels-last images of one
-    line; the gradient of the weight is written out, since the library's own is four times as slow (benchmarks/).
+    at: positions, int64 [n] or [B n]. bias: 0 or -inf, [n m] or [B 1 n m], or None where all see all; with ``halves``
+    [2n n], what both halves see of the clean one. own: with ``halves``, what a noisy position sees of its own block,
+    [n block].
     """
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, left: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.left = left
-        return _Depthwise.apply_taps(x, weight, left)
-
-    @staticmethod
-    def apply_taps(x: Tensor, weight: Tensor, left: int) -> Tensor:
-        taps, length = len(weight), x.shape[1]
-        # Padding is the same on both sides in a library's convolution: what there is too much of is cut.
-        wide = max(left, taps - 1 - left)
-        image = x.transpose(1, 2).unsqueeze(2)
-        kernel = weight.t().reshape(-1, 1, 1, taps)
-        y = F.conv2d(image, kernel, padding=(0, wide), groups=x.shape[-1]).squeeze(2).transpose(1, 2)
-        return y[:, wide - left : wide - left + length]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (grad,) = grads
-        x, weight = ctx.saved_tensors
-        length, taps, left = grad.shape[1], len(weight), ctx.left
-        of_x = _Depthwise.apply_taps(grad, weight.flip(0), taps - 1 - left)
-        padded = F.pad(x, (0, 0, left, taps - 1 - left))
-        of_weight = torch.stack([(padded[:, tap : tap + length] * grad).sum((0, 1)) for tap in range(taps)])
-        return of_x, of_weight, None
-
-
-class Convolution(nn.Module):
-    """Depthwise convolution over positions; centred, or looking back only if ``causal``. Starts as the identity."""
-
-    def __init__(self, width: int, taps: int, causal: bool):
-        super().__init__()
-        self.left = taps - 1 if causal else taps // 2
-        self.weight = nn.Parameter(torch.zeros(taps, width))
-        nn.init.ones_(self.weight[self.left])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, _Depthwise.apply(x, self.weight.to(x.dtype), self.left))
-
-    def step(self, x: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
-        """The same for new positions [B n] of a text whose earlier inputs are in ``seen`` [B W D], written in place."""
-        seen.scatter_(1, positions.unsqueeze(-1).expand_as(x), x)
-        weight = self.weight.to(x.dtype)
-        y = torch.zeros_like(x)
-        for tap in range(len(weight)):
-            source = positions - self.left + tap
-            value = seen.gather(1, source.clamp(min=0).unsqueeze(-1).expand_as(x))
-            y = y + value * (source >= 0).unsqueeze(-1).to(x.dtype) * weight[tap]
-        return y
+    at: Tensor
+    bias: Tensor | None
+    halves: bool = False
+    own: Tensor | None = None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -169,6 +134,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
             logits = logits + bias.to(logits.dtype)
         return logits.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+
+
+def attend_halves(q: Tensor, k: Tensor, v: Tensor, view: View, block: int) -> Tensor:
+    """Attention over a noisy text and the clean one behind it, [B H 2n d]: of the noisy half a position sees its own
+    block and no more, so the logits are [2n n] and [n block], not [2n 2n]."""
+    assert view.bias is not None and view.own is not None
+    n = k.shape[2] // 2
+    q = q * q.shape[-1] ** -0.5
+
+    def blocks(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, -n % block)).unflatten(2, (-1, block))
+
+    def text(x: Tensor) -> Tensor:
+        return x.flatten(2, 3)[:, :, :n]
+
+    to_clean = q @ k[:, :, n:].transpose(-1, -2) + view.bias.to(q.dtype)
+    to_own = text(blocks(q[:, :, :n]) @ blocks(k[:, :, :n]).transpose(-1, -2)) + view.own.to(q.dtype)
+    noisy = torch.cat((to_clean[:, :, :n], to_own), -1).softmax(-1)
+    seen = torch.cat((noisy[..., :n], to_clean[:, :, n:].softmax(-1)), 2) @ v[:, :, n:]
+    own = text(blocks(noisy[..., n:]) @ blocks(v[:, :, :n]))
+    return torch.cat((seen[:, :, :n] + own, seen[:, :, n:]), 2)
 
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
@@ -190,38 +176,33 @@ class Block(nn.Module):
         super().__init__()
         self.config = config
         width, hidden = config.width, int(config.width * config.expansion)
-        causal = config.attention != "bidirectional"
+        reach = {"bidirectional": None, "causal": 1, "block": config.block_length}[config.attention]
         self.qkv = Linear(width, 3 * width, bias=config.bias)
         self.mix = Linear(width, width, bias=config.bias)
         self.up = Linear(width, hidden, bias=config.bias)
         self.down = Linear(hidden, width, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         taps = config.convolution
-        self.conv_attention = Convolution(width, taps, causal) if taps else None
-        self.conv_feed = Convolution(width, taps, causal) if taps else None
+        self.conv_attention = Convolution(width, taps, reach) if taps else None
+        self.conv_feed = Convolution(width, taps, reach) if taps else None
         self.modulation = Linear(width, 6 * width) if conditioned else None
 
-    def _attention(
-        self, h: Tensor, bias: Tensor | None, positions: Tensor, cache: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
+    def _attention(self, h: Tensor, view: View, cache: tuple[Tensor, Tensor] | None) -> Tensor:
         rows, length, width = h.shape
         q, k, v = self.qkv(h).view(rows, length, 3, self.config.heads, -1).permute(2, 0, 3, 1, 4)
         if self.config.positions == "rotary":
-            q, k = rotate(q, positions), rotate(k, positions)
+            at = view.at.repeat(2) if view.halves else view.at
+            q, k = rotate(q, at), rotate(k, at)
         if cache is not None:
-            index = positions[:, None, :, None].expand_as(k)
+            index = (view.at % cache[0].shape[2])[:, None, :, None].expand_as(k)
             k, v = cache[0].scatter_(2, index, k), cache[1].scatter_(2, index, v)
-        return self.mix(attend(q, k, v, bias).transpose(1, 2).reshape(rows, length, width))
+        if view.halves:
+            out = attend_halves(q, k, v, view, self.config.block_length)
+        else:
+            out = attend(q, k, v, view.bias)
+        return self.mix(out.transpose(1, 2).reshape(rows, length, width))
 
-    def forward(
-        self,
-        x: Tensor,
-        c: Tensor | None,
-        bias: Tensor | None,
-        positions: Tensor,
-        cache: Cache | None,
-        layer: int,
-    ) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor | None, view: View, cache: Cache | None, layer: int) -> Tensor:
         modulation = None
         if self.modulation is not None and c is not None:
             modulation = self.modulation(c).unsqueeze(1).chunk(6, -1)
@@ -231,9 +212,11 @@ class Block(nn.Module):
             if modulation is not None:
                 shift, scale, gate = modulation[3 * part : 3 * part + 3]
                 h = h * (1 + scale) + shift
-            if convolution is not None:
-                h = convolution(h) if cache is None else convolution.step(h, positions, cache.shifted[2 * layer + part])
-            h = self._attention(h, bias, positions, past) if part == 0 else self.down(F.gelu(self.up(h)))
+            if convolution is not None and cache is not None:
+                h = convolution.step(h, view.at, cache.shifted[2 * layer + part], cache.places)
+            elif convolution is not None:
+                h = convolution(h, view.halves)
+            h = self._attention(h, view, past) if part == 0 else self.down(F.gelu(self.up(h)))
             h = self.dropout(h)
             x = x + h if modulation is None else x + gate * h
         return x
@@ -242,13 +225,16 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Symbols in, context outputs out.
 
-    ``forward(x, t=None, condition=None, positions=None, cache=None, at=None)``:
+    ``forward(x, t=None, condition=None, positions=None, cache=None, at=None, halves=False)``:
         x: symbols, int64 [B L].
         t: times in [0, 1], [B]; or [B L], each position standing at its row's time or, without noise, at 0. Needed if
             and only if ``config.time``.
         condition: class labels, int64 [B], -1 for none; optional if ``config.classes``.
         positions: bool [B L]; outputs are computed for these positions only.
-        cache, at: for causal networks: a cache to read and write, and the positions int64 [B L] that x stands at.
+        cache, at: for networks from left to right: a cache to read and write, and the positions int64 [B L] that x
+            stands at. Those of attention = "block" may lie past the window, of which so much is seen.
+        halves: for attention = "block": x is a noisy text and the clean one behind it, [B 2L]. A noisy position sees
+            its own block, and the clean blocks before it; ``positions`` asks among both halves.
     Returns outputs [B L V], or [N V] for the N asked positions in row-major order, in the compute type.
     """
 
@@ -306,18 +292,21 @@ class Transformer(nn.Module):
         return self.to(dtype)
 
     def empty_cache(self, rows: int) -> Cache:
-        """A cache for ``rows`` texts of up to ``window`` tokens."""
+        """A cache for ``rows`` texts: of up to ``window`` tokens, or by blocks of any length."""
         c = self.config
 
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=self.compute_dtype, device=self.head.weight.device)
 
-        heads = (rows, c.heads, c.window, c.width // c.heads)
+        # By blocks, up to a window is read at once, and a window before it seen.
+        slots = 2 * c.window if c.attention == "block" else c.window
+        heads = (rows, c.heads, slots, c.width // c.heads)
         layers, shifted = range(c.depth), range(2 * c.depth if c.convolution else 0)
         return Cache(
             [zeros(*heads) for _ in layers],
             [zeros(*heads) for _ in layers],
-            [zeros(rows, c.window, c.width) for _ in shifted],
+            [zeros(rows, slots, c.width) for _ in shifted],
+            torch.full((rows, slots), -1, dtype=torch.long, device=self.head.weight.device),
         )
 
     def forward(
@@ -328,26 +317,27 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cache: Cache | None = None,
         at: Tensor | None = None,
+        halves: bool = False,
     ) -> Tensor:
-        length = x.shape[1]
+        length = x.shape[1] // 2 if halves else x.shape[1]
         if cache is None and length > self.config.window:
             raise UserError(f"this network reads at most {self.config.window} tokens, not {length}")
         at = torch.arange(length, device=x.device) if at is None else at
         # Cast after the choice of rows: in bfloat16 the gradients of a symbol's many places would not add up.
         h = F.embedding(x, self.embedding.weight).to(self.compute_dtype)
         if self.position is not None:
-            h = h + self.position.to(h.dtype)[at]
+            h = h + self.position.to(h.dtype)[at.repeat(2) if halves else at]
         if t is not None and t.dim() == 2:
             if self.clean is not None:
                 h = h + (t == 0).unsqueeze(-1).to(h.dtype) * self.clean.to(h.dtype)
             t = t.amax(-1)
         h = F.dropout(h, self.config.dropout, self.training)
         c = self._condition(x, t, condition, h.dtype)
-        # With a cache all its positions can be seen; those not written yet are hidden by the causal mask.
-        seen = at if cache is None else torch.arange(self.config.window, device=x.device)
-        bias = self._mask(at, seen)
+        if cache is not None:
+            cache.places.scatter_(1, at % cache.places.shape[1], at)
+        view = self._view(at, at if cache is None else cache.places, halves)
         for layer, block in enumerate(self.blocks):
-            h = block(h, c, bias, at, cache, layer)
+            h = block(h, c, view, cache, layer)
         if positions is not None:
             # The gradient of an index_select is cheaper than that of a mask.
             h = h.flatten(0, 1).index_select(0, positions.flatten().nonzero().squeeze(-1))
@@ -368,11 +358,22 @@ class Transformer(nn.Module):
             c = embedded if c is None else c + embedded
         return None if c is None else F.silu(c)
 
-    def _mask(self, at: Tensor, seen: Tensor) -> Tensor | None:
-        """Who sees whom, as 0 or -inf: [n m] for positions [n] and [m], [B 1 n m] for positions [B n]."""
-        if self.config.attention == "bidirectional":
-            return None
-        block = self.config.block_length if self.config.attention == "block" else 1
-        hidden = seen // block > (at // block).unsqueeze(-1)
-        mask = torch.zeros(hidden.shape, device=at.device).masked_fill(hidden, -torch.inf)
-        return mask.unsqueeze(1) if mask.dim() == 3 else mask
+    def _view(self, at: Tensor, seen: Tensor, halves: bool) -> View:
+        """What positions ``at`` [n] or [B n] see of those at ``seen`` [m] or [B m], -1 being none."""
+        config = self.config
+        if config.attention == "bidirectional":
+            return View(at, None)
+        size = config.block_length if config.attention == "block" else 1
+        block, other = at.unsqueeze(-1) // size, seen.unsqueeze(-2)
+        hidden = (other // size > block) | (other < 0)
+        if config.attention == "block":
+            # No further back than in a window of training: what lies behind it can be forgotten.
+            hidden = hidden | (other < block * size - (config.window - size))
+
+        def bias(hidden: Tensor) -> Tensor:
+            return torch.zeros(hidden.shape, device=at.device).masked_fill(hidden, -torch.inf)
+
+        if halves:
+            own = block * size + torch.arange(size, device=at.device) > at[-1]  # past the end of the text
+            return View(at, bias(torch.cat((hidden | (other // size == block), hidden))), True, bias(own))
+        return View(at, bias(hidden.unsqueeze(1) if hidden.dim() == 3 else hidden))

@@ -56,10 +56,24 @@ class Ancestral(Step):
 
 
 class _Counted(Step):
-    """Reveals exact numbers of positions, so that no call is wasted and none reveals too much."""
+    """Reveals exact numbers of positions, so that no call is wasted and none reveals too much.
 
-    def __init__(self, mask: int, schedule: Schedule):
-        self.mask, self.schedule = mask, schedule
+    Args:
+        mask: the hidden symbol.
+        schedule: how many are hidden at a time.
+        block: only the first block of this length with hidden positions is open; None: all the text.
+    """
+
+    def __init__(self, mask: int, schedule: Schedule, block: int | None = None):
+        self.mask, self.schedule, self.block = mask, schedule, block
+
+    def open(self, state: State) -> Tensor:
+        """Hidden positions that may be revealed now, bool [B L]."""
+        hidden = state.x == self.mask
+        if self.block is None:
+            return hidden
+        block = torch.arange(hidden.shape[1], device=hidden.device) // self.block
+        return hidden & (block == block[hidden.long().argmax(-1)].unsqueeze(-1))
 
     def count(self, state: State, s: Tensor) -> Tensor:
         """How many positions of each row to reveal, [B]."""
@@ -78,11 +92,11 @@ class RandomOrder(_Counted):
     note = "fixed numbers of random positions; has a T-call bound, and at L calls samples the model's law exactly"
 
     def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
-        score = noise.uniform("order", state.x.shape[1]).masked_fill(state.x != self.mask, -1.0)
+        score = noise.uniform("order", state.x.shape[1]).masked_fill(~self.open(state), -1.0)
         return top_positions(score, self.count(state, s))
 
     def asks(self, state: State, s: Tensor) -> Iterator[tuple[float, Tensor]]:
-        hidden = (state.x[0] == self.mask).nonzero().squeeze(-1).tolist()
+        hidden = self.open(state)[0].nonzero().squeeze(-1).tolist()
         chosen = list(itertools.combinations(hidden, int(self.count(state, s))))
         for positions in chosen:
             asked = torch.zeros_like(state.x, dtype=torch.bool)
@@ -96,8 +110,10 @@ class RandomOrder(_Counted):
 class Ordered(_Counted):
     """Reveals the positions of highest score, a function of log p: a deterministic choice, then a draw there."""
 
-    def __init__(self, mask: int, schedule: Schedule, score: Callable[[Tensor], Tensor], note: str):
-        super().__init__(mask, schedule)
+    def __init__(
+        self, mask: int, schedule: Schedule, score: Callable[[Tensor], Tensor], note: str, block: int | None = None
+    ):
+        super().__init__(mask, schedule, block)
         self.score, self.note = score, note  # type: ignore[misc]
 
     def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
@@ -107,7 +123,7 @@ class Ordered(_Counted):
         yield 1.0, self._hidden(state, s)
 
     def _hidden(self, state: State, s: Tensor) -> Tensor:
-        return (state.x == self.mask) & (self.count(state, s) > 0).unsqueeze(-1)
+        return self.open(state) & (self.count(state, s) > 0).unsqueeze(-1)
 
     def choose(self, state: State, asked: Tensor, log_p: Tensor, s: Tensor) -> Tensor:
         """The positions that are revealed, bool [B L]."""
@@ -131,13 +147,17 @@ def margin(log_p: Tensor) -> Tensor:
     return best[..., 0] - best[..., 1] if best.shape[-1] > 1 else best[..., 0]
 
 
+def counted_steps(mask: int, schedule: Schedule, block: int | None = None) -> dict[str, Step]:
+    """Samplers that reveal exact numbers, the default first; of the whole text, or block by block."""
+    leading, surest = "the positions whose best token leads most", "the positions that are surest"
+    return {
+        "random": RandomOrder(mask, schedule, block),
+        "margin": Ordered(mask, schedule, margin, f"{leading}; reads well, less diverse", block),
+        "confidence": Ordered(mask, schedule, confidence, f"{surest}; reads well, least diverse", block),
+    }
+
+
 def unmasking_steps(mask: int, schedule: Schedule) -> dict[str, Step]:
     """All samplers of absorbing noise, the default first."""
-    return {
-        "random": RandomOrder(mask, schedule),
-        "ancestral": Ancestral(mask, schedule),
-        "margin": Ordered(
-            mask, schedule, margin, "the positions whose best token leads most; reads well, less diverse"
-        ),
-        "confidence": Ordered(mask, schedule, confidence, "the positions that are surest; reads well, least diverse"),
-    }
+    first, *others = counted_steps(mask, schedule).items()
+    return dict([first, ("ancestral", Ancestral(mask, schedule)), *others])

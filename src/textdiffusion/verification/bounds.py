@@ -12,9 +12,10 @@ from torch import Tensor
 
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
-from textdiffusion.process import Discrete, Gaussian, HasCurve, HasKernel, HasSignal
+from textdiffusion.process import Discrete, Gaussian, HasCurve, HasKernel, HasPatterns, HasSignal
 from textdiffusion.verification.enumeration import (
     call_bound,
+    continuous_bound,
     enumerated_law,
     exact_curve,
     integrated_bound,
@@ -45,7 +46,7 @@ def bounds(subject: Subject) -> Iterator[Check]:
     """The continuous bound against the truth, and the code's estimates against enumeration."""
     process = subject.ideal(random_table(V, L))
     worlds = _worlds(process.space)
-    if isinstance(process, (HasKernel, HasSignal)):
+    if isinstance(process, (HasKernel, HasSignal, HasPatterns)):
         yield from _continuous(subject, worlds)
     if isinstance(process, HasCurve):
         yield from _curve(subject)
@@ -56,7 +57,7 @@ def _continuous(subject: Subject, worlds: list[Table]) -> Iterator[Check]:
     worst, leftover = 0.0, 0.0
     for world in worlds:
         text, process = world.texts[world.p > 0], subject.ideal(world)
-        worst = most(worst, (integrated_bound(process, text) + world.log_prob(text)).abs().max())
+        worst = most(worst, (continuous_bound(process, text) + world.log_prob(text)).abs().max())
         leftover = most(leftover, prior_term(process, text).max())
     yield Check(
         "bound(x) = -log p(x) for every x, the posterior exact",
@@ -68,7 +69,7 @@ def _continuous(subject: Subject, worlds: list[Table]) -> Iterator[Check]:
     total, gaps, below = 0.0, [], -math.inf
     for seed in range(2):
         process = subject.wrong(worlds[0], seed)
-        bound = integrated_bound(process, worlds[0].texts)
+        bound = continuous_bound(process, worlds[0].texts)
         total = most(total, bound.neg().exp().sum())
         below = most(below, _below_its_law(process, worlds[0], bound))
         for sampler, step in process.steps.items():
@@ -102,6 +103,9 @@ def _below_its_law(process: Any, world: Table, bound: Tensor) -> float:
     """How far the continuous bound is below -log of its sampler's law at many calls, for a step that does not say of
     itself that it is the noise reversed; -inf where the next check sees to it."""
     said = process.nll(world.texts, Noise.of(0, len(world.texts)))
+    if hasattr(process, "patterns"):
+        # One position a call is as many as there can be.
+        return float((-enumerated_law(process, world.length, world.length, said.sampler).log() - bound).max())
     enumerable = isinstance(process, HasKernel) and not isinstance(process, HasCurve)  # a curve has checks of its own
     if said.kind != "upper" or not enumerable:
         return -math.inf
@@ -164,10 +168,10 @@ def _estimates(subject: Subject, world: Table) -> Iterator[Check]:
         try:
             if calls is not None:
                 exact = _call_bound(process, some, calls, said.sampler)
-            elif isinstance(process, (HasKernel, HasSignal)):
-                exact = integrated_bound(process, some)
+            elif isinstance(process, (HasKernel, HasSignal, HasPatterns)):
+                exact = continuous_bound(process, some)
             else:
-                raise UserError("there is neither a kernel nor a signal")
+                raise UserError("there is neither a kernel nor a signal nor a list of patterns")
         except UserError as refusal:
             yield Check(f"nll claims {name}, and it can be enumerated", math.inf, 0, f"claimed, not proven: {refusal}")
             continue

@@ -34,7 +34,7 @@ def contract(subject: Subject) -> Iterator[Check]:
         bad = []
         # Fewer calls than positions, as many, more; and the one position of a template that is nearly full.
         for length, calls in itertools.product((1, L, 8), (1, 2, 3, 5, 64)):
-            times = list(process.plan(length, calls, name))
+            times = list(process.plan(torch.ones(length, dtype=torch.bool), calls, name))
             falls = all(a > b for a, b in itertools.pairwise(times))
             if not (falls and times[0] == 1 and times[-1] == 0):
                 bad.append(f"plan({length}, {calls}) is {times[:4]} ... {times[-1:]}")

@@ -18,7 +18,7 @@ from torch.nn.functional import one_hot, pad
 
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
-from textdiffusion.process import HasCurve, HasKernel, HasSignal, Process, State, Step
+from textdiffusion.process import HasCurve, HasKernel, HasPatterns, HasSignal, Process, State, Step
 from textdiffusion.worlds import Table
 
 NODES = 80  # of the quadrature over time
@@ -64,7 +64,9 @@ def noisy_states(process: Process, x_0: Tensor, t: float) -> tuple[Tensor, Tenso
 
 
 def prior_term(process: Process, x_0: Tensor) -> Tensor:
-    """KL(q(x_1 | x_0) || prior), nats [B]."""
+    """KL(q(x_1 | x_0) || prior), nats [B]; none where bounds are of patterns: all is hidden at t = 1."""
+    if isinstance(process, HasPatterns):
+        return torch.zeros(len(x_0), dtype=torch.float64)
     if isinstance(process, HasKernel):
         end = process.kernel(0.0, 1.0)[x_0]
         return (torch.special.xlogy(end, end) - torch.special.xlogy(end, process.prior_law())).sum((-1, -2))
@@ -101,6 +103,20 @@ def exact_curve(process: Any, x_0: Tensor) -> np.ndarray:
     return curve
 
 
+def pattern_bound(process: Any, x_0: Tensor, calls: int | None, sampler: str | None = None) -> Tensor:
+    """The bound of a process that gives its patterns (process.HasPatterns), nats [B]."""
+    total = torch.zeros(len(x_0), dtype=torch.float64)
+    for weight, hidden, scored in process.patterns(x_0.shape[1], calls, sampler):
+        log_p = process.predict(at_time(x_0.masked_fill(hidden, process.mask), float(hidden.double().mean()))).log_p
+        total -= weight * log_p.gather(-1, x_0.unsqueeze(-1)).squeeze(-1)[:, scored].double().sum(-1)
+    return total
+
+
+def continuous_bound(process: Any, x_0: Tensor) -> Tensor:
+    """The bound in the limit of many calls, nats [B]."""
+    return pattern_bound(process, x_0, None) if isinstance(process, HasPatterns) else integrated_bound(process, x_0)
+
+
 def call_bound(process: Any, x_0: Tensor, calls: int, sampler: str) -> np.ndarray:
     """Bound of the T-call sampler for each text, nats [B].
 
@@ -109,6 +125,8 @@ def call_bound(process: Any, x_0: Tensor, calls: int, sampler: str) -> np.ndarra
     """
     if isinstance(process, HasCurve):
         return np.asarray(exact_curve(process, x_0) @ process.curve_weights(x_0.shape[1], calls, sampler)[0])
+    if isinstance(process, HasPatterns):
+        return pattern_bound(process, x_0, calls, sampler).numpy()
     nll = process.nll(x_0, Noise.of(0, len(x_0)))
     if nll.kind == "exact" and nll.sampler == sampler:
         return np.asarray(nll.total.double())
@@ -124,7 +142,7 @@ def calls_of_bound(process: Any, length: int, calls: int, sampler: str) -> int |
         return process.curve_weights(length, calls, sampler)[1]
     if process.nll(torch.zeros(1, length, dtype=torch.long), Noise.of(0, 1)).kind == "exact":
         return process.nll(torch.zeros(1, length, dtype=torch.long), Noise.of(0, 1)).calls
-    return len(process.plan(length, calls, sampler)) - 1
+    return len(process.plan(torch.ones(length, dtype=torch.bool), calls, sampler)) - 1
 
 
 def _step_laws(process: Any, states: Tensor, t: float, s: float, sampler: str) -> Tensor:
@@ -152,7 +170,7 @@ def kernel_call_bound(process: Any, x_0: Tensor, calls: int, sampler: str) -> np
     For samplers whose step moves each position on its own.
     """
     total = prior_term(process, x_0)
-    for t, s in itertools.pairwise(process.plan(x_0.shape[1], calls, sampler)):
+    for t, s in itertools.pairwise(process.plan(torch.ones_like(x_0[0], dtype=torch.bool), calls, sampler)):
         row, states, chance = noisy_states(process, x_0, t)
         bridge = process.kernel(0.0, s)[x_0[row]] * process.kernel(s, t).T[states]  # q(x_s | x_0) q(x_t | x_s)
         bridge = bridge / bridge.sum(-1, keepdim=True)
@@ -167,7 +185,7 @@ def reversed_chain_error(process: Any, world: Table, sampler: str) -> float:
     """Largest difference, over all states of a run of 3 calls, of a position's law after a step from what the reversed
     chain gives it: sum over v of p(v | x_t) q(x_s | x_t, v)."""
     worst = 0.0
-    for t, s in itertools.pairwise(process.plan(world.length, 3, sampler)):
+    for t, s in itertools.pairwise(process.plan(torch.ones(world.length, dtype=torch.bool), 3, sampler)):
         states = noisy_states(process, world.texts, t)[1].unique(dim=0)
         p = process.predict(at_time(states, t)).log_p.double().exp()  # [N L V]
         from_v, at_t = process.kernel(0.0, s)[: world.vocabulary], process.kernel(0.0, t)[: world.vocabulary]
@@ -217,7 +235,7 @@ def enumerated_law(
         x, chance = first.x.repeat(len(symbols), 1), prior[symbols].prod(-1)
         x[:, free] = symbols
     ways = _Ways(x, chance, [None] * len(x) if process.remembers else None)
-    times, now = process.plan(int(free.sum()), calls, sampler), first.t
+    times, now = process.plan(free, calls, sampler), first.t
     for time in times[1:]:
         s = torch.tensor([time], dtype=torch.float64)
         ways = _after(process, step, ways, now, s, first.given).merged()

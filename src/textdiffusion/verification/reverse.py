@@ -59,7 +59,7 @@ def sampler(subject: Subject, name: str) -> Iterator[Check]:
     worst = most(worst, misfit(_drawn(wrong, 4, name, rows), enumerated_law(wrong, L, 4, name), rows))
     yield Check(f"{name}: every text is finished", unfinished, ROUNDING, "the law of the samples does not sum to one")
     yield Check(f"{name}: samples have the enumerated law", worst, IMPROBABLE, "the code draws from another law")
-    one_by_one = not step.reverses and len(ideal.plan(L, many, name)) == L + 1
+    one_by_one = not step.reverses and len(ideal.plan(torch.ones(L, dtype=torch.bool), many, name)) == L + 1
     if not one_by_one:
         shown = ", ".join(f"{x:.3f}" for x in apart)
         yield Check(

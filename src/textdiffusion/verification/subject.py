@@ -44,7 +44,7 @@ class Subject:
     """The family under test, over the networks that the checks put in."""
 
     def __init__(self, family: type[Process], config: Any = None):
-        self.family, self.config = family, family.Config() if config is None else config
+        self.family, self.config = family, family.small() if config is None else config
 
     def over(self, network: Network, vocabulary: int) -> Any:
         """The process over any network."""
