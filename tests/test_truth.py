@@ -1,4 +1,4 @@
-"""The truth suite: every family is proven on worlds that can be enumerated, and every known fault is caught.
+"""The truth suite: every family is proven on worlds that can be enumerated.
 
 A new file in families/ is found and tested with no test written for it.
 """
@@ -6,27 +6,24 @@ A new file in families/ is found and tested with no test written for it.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
-from textdiffusion.absorbing import carry_over, count_weights
-from textdiffusion.categorical import draw
+from test_faults import controlled
+from textdiffusion.absorbing import count_weights
 from textdiffusion.errors import UserError
 from textdiffusion.families import family, load_family, names
-from textdiffusion.families.autoregressive import Autoregressive
 from textdiffusion.families.masked import Masked, MaskedConfig
 from textdiffusion.families.score_entropy import ScoreEntropy, ScoreEntropyConfig
 from textdiffusion.families.uniform import Uniform, UniformConfig
 from textdiffusion.noise import Noise
-from textdiffusion.process import Categorical, HasKernel, Nll, Prediction, State
-from textdiffusion.replacing import Outlook
+from textdiffusion.process import HasKernel, Prediction, State
 from textdiffusion.sampling import sample
-from textdiffusion.schedules import SCHEDULES, Schedule
-from textdiffusion.steps.unmasking import Ancestral, unmasking_steps
+from textdiffusion.schedules import SCHEDULES
 from textdiffusion.verification import Subject, verify
 from textdiffusion.verification.enumeration import (
     enumerated_law,
@@ -61,6 +58,7 @@ def test_every_family_passes_every_check(name):
     checks = list(verify(family(name)))
     assert [c for c in checks if not c.passed] == []
     assert len(checks) >= 10
+    assert [c.name for c in checks if not controlled(c.name)] == []
 
 
 @pytest.mark.slow
@@ -71,7 +69,9 @@ def test_the_masked_family_is_right_under_every_schedule(schedule):
 
 @pytest.mark.parametrize("file", ["../examples/fading_noise.py", "subjects/gaussian_codes.py"])
 def test_families_in_files_of_their_own_pass(file):
-    assert faults(load_family(str(HERE / file))) == []
+    checks = list(verify(load_family(str(HERE / file))))
+    assert [c for c in checks if not c.passed] == []
+    assert [c.name for c in checks if not controlled(c.name)] == []
 
 
 @pytest.mark.parametrize(
@@ -259,18 +259,21 @@ def test_context_denoiser_and_ratios_say_the_same(mask_share):
 
 
 @pytest.mark.parametrize("sampler", ["bridge", "psi", "gibbs"])
-@pytest.mark.parametrize("mask_share", [0.4, 1.0])
-def test_after_a_step_there_is_as_much_noise_as_its_time_says(sampler, mask_share):
-    """From exact states at t = .7 to s = .4: the share of [MASK] is mask_share (1 - alpha(s)), remasking included."""
+@pytest.mark.parametrize("mask_share", [0.0, 0.4, 1.0])
+def test_after_a_step_each_position_has_the_law_of_its_time(sampler, mask_share):
+    """From exact states at t = .7 to s = .4: alpha(s) of the world's law there, and noise, whatever is drawn anew.
+
+    No check of verify's: samplers that choose positions have no such law."""
     process = Subject(Uniform, UniformConfig(mask_share=mask_share, renewal=0.5)).ideal(WORLD)
     row, states, chance = noisy_states(process, WORLD.texts, 0.7)
     state = State(states, torch.full((len(states),), 0.7, dtype=torch.float64))
     step, s = process.steps[sampler], torch.full((len(states),), 0.4, dtype=torch.float64)
     asked = step.ask(state, s, Noise.of(0, len(states)))
-    law = step.law(state, asked, process.predict(state, asked), s, lambda log_p: log_p)
-    masked = (states == V).double()
-    masked[asked] = law.log_p[:, V].exp()
-    assert float((WORLD.p[row] * chance) @ masked.mean(-1)) == pytest.approx(mask_share * 0.4, abs=1e-9)
+    law = one_hot(states, process.space.size).double()
+    law[asked] = step.law(state, asked, process.predict(state, asked), s, lambda log_p: log_p).log_p.exp()
+    after = torch.einsum("n,nls->ls", WORLD.p[row] * chance, law)
+    token = torch.einsum("n,nlv->lv", WORLD.p, one_hot(WORLD.texts, V).double())
+    assert torch.allclose(after, process.marginal(token, torch.tensor(0.6, dtype=torch.float64)), rtol=0, atol=1e-9)
 
 
 def test_a_corrupted_text_is_mended_without_being_told_where():
@@ -305,518 +308,6 @@ def test_stratified_noise_lowers_the_variance(estimate):
     apart = [np.mean([figure(x_0[:1], Noise(0, np.array([r]), 1, s)) for r in range(12)]) for s in range(300)]
     assert np.var(together) < 0.8 * np.var(apart)
     assert abs(np.mean(together) - np.mean(apart)) < 4 * (np.var(apart) / 300 + np.var(together) / 300) ** 0.5
-
-
-# -- negative controls: every known fault is caught ---------------------------------------------------------------
-
-Codes = load_family(str(HERE / "subjects/gaussian_codes.py"))
-
-
-class ScheduleDividedTwice(Masked):
-    """A schedule of times in [0, T] fed with times that were divided by T already: almost no noise at t = 1."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        right = SCHEDULES["linear"]
-        self.schedule = Schedule(
-            "linear", lambda t: right.alpha(t / 50), lambda t: right.derivative(t / 50) / 50, right.inverse
-        )
-        self.steps = unmasking_steps(self.mask, self.schedule)
-
-
-class HeadNotInTheLoss(Masked):
-    """The output head takes no part in the learning."""
-
-    def loss(self, x_0, noise, condition=None):
-        for p in self.network.head.parameters():
-            p.requires_grad_(False)
-        torch.nn.init.normal_(self.network.head.weight)
-        return super().loss(x_0, noise, condition)
-
-
-class RateWithoutItsWeight(Masked):
-    """The integrand with weight 1 in the place of 1 / t."""
-
-    def rate(self, x_0, state):
-        return super().rate(x_0, state) * state.t
-
-
-class LossReportedAsTheBound(Masked):
-    """What training minimises, unweighted and at bell-shaped rates, is reported as the bound."""
-
-    def nll(self, x_0, noise, calls=None):
-        nll = super().nll(x_0, noise, calls)
-        return replace(nll, diffusion=self.loss(x_0, noise).double() * x_0.shape[1])
-
-
-class HalfACurve(Masked):
-    """The curve that evaluation measures is off by a factor; nll is not."""
-
-    def curve_point(self, x_0, hidden, noise):
-        return super().curve_point(x_0, hidden, noise) * 0.9
-
-    def nll(self, x_0, noise, calls=None):
-        nll = super().nll(x_0, noise, calls)
-        return replace(nll, diffusion=nll.diffusion / 0.9)
-
-
-class TwoCallsReportedAsOne(Masked):
-    """The bound of T calls is that of 2 T."""
-
-    def curve_weights(self, length, calls, sampler=None):
-        return super().curve_weights(length, None if calls is None else 2 * calls, sampler)
-
-
-class CurveOfANetworkThatTakesTime(Masked):
-    """The network is told the time, so that a number of hidden tokens does not say what it answers."""
-
-    def predict(self, state, positions=None, condition=None):
-        logits = self.network(state.x, state.t, condition=condition, positions=positions)
-        return Prediction(carry_over(logits, state.x if positions is None else state.x[positions], self.mask))
-
-    def _cross_entropy(self, x_0, hidden, condition=None):
-        x = x_0.masked_fill(hidden, self.mask)
-        log_p = self.predict(State(x, hidden.sum(-1).double() / x.shape[1])).log_p
-        return -(log_p.gather(-1, x_0.unsqueeze(-1)).squeeze(-1) * hidden).sum(-1)
-
-    def rate(self, x_0, state):
-        log_p = self.predict(state).log_p
-        return -log_p.gather(-1, x_0.unsqueeze(-1)).sum((-1, -2)) / state.t
-
-
-class GuidanceWithoutNormalisation(Masked):
-    """Classifier-free guidance, (1 + w) log p - w log of the unconditional law, and no normalisation after it."""
-
-    def predict(self, state, positions=None, condition=None):
-        conditional = super().predict(state, positions, condition).log_p
-        return Prediction(1.5 * conditional + 0.5 * np.log(self.vocabulary))
-
-
-class NotANumber(Masked):
-    """0 * -inf in the integrand, wherever the model is sure."""
-
-    def rate(self, x_0, state):
-        log_p = self.predict(state).log_p
-        return -(torch.nn.functional.one_hot(x_0, self.vocabulary) * log_p).sum((-1, -2)) / state.t
-
-
-class StartsAtTheWrongNoiseLevel(Uniform):
-    """The chain is run from t = 0.6, its state drawn as for t = 1."""
-
-    def plan(self, length, calls, sampler):
-        return [0.6 * t for t in super().plan(length, calls, sampler)]
-
-    def prior_sample(self, rows, length, noise):
-        state = super().prior_sample(rows, length, noise)
-        return State(state.x, 0.6 * state.t)
-
-
-class DenoiserForTheContext(Uniform):
-    """The denoiser p(x | z) where the leave-one-out posterior belongs: the token's own evidence counts twice."""
-
-    def outlook(self, state, positions, condition=None):
-        right = super().outlook(state, positions, condition)
-        own = self.evidence(state.x[positions].unsqueeze(-1), self.noise_times(state)[positions]).squeeze(1)
-        denoiser = (right.context + own).log_softmax(-1)
-        return Outlook(denoiser, self.marginal(denoiser.exp(), self.alpha(state.t)[positions.nonzero()[:, 0]]))
-
-    def predict(self, state, positions=None, condition=None):
-        wrong = super().predict(state, positions, condition).native
-        return Prediction(wrong.context if positions is not None else wrong.context.view(*state.x.shape, -1), wrong)
-
-
-class MovedTokenTerm(ScoreEntropy):
-    """The score entropy of tokens that have moved, as in two public implementations: x_0 twice, the others scaled."""
-
-    def rate(self, x_0, state):
-        right, v = super().rate(x_0, state), self.vocabulary
-        everywhere = torch.ones_like(state.x, dtype=torch.bool)
-        model = self.outlook(state, everywhere).marginal.view(*state.x.shape, v)
-        log_model = (model / model.gather(-1, state.x.unsqueeze(-1))).log()
-        true = torch.nn.functional.one_hot(x_0, v).bool()
-        here = torch.nn.functional.one_hot(state.x, v).bool()
-        # What multiplies log r': r at x_0 and 1 elsewhere; theirs has w = (V - 2) / (V - 1) more there, w elsewhere.
-        wrong = (v - 2) / (v - 1)
-        shift = torch.where(true, wrong, torch.where(here, 0.0, wrong - 1)) * -log_model
-        beta = -self.schedule.derivative(state.t) / self.schedule.alpha(state.t)
-        return right + beta * (shift.sum(-1) * (state.x != x_0)).sum(-1) / v
-
-
-@dataclass(frozen=True)
-class _Estimate:
-    log_p: torch.Tensor
-
-    def select(self, rows):
-        return _Estimate(self.log_p[rows])
-
-
-class CarriedEstimateIgnored(Masked):
-    """Self-conditioning: the network reads the sampler's last estimate; the bound is computed as if there were none."""
-
-    remembers = True
-
-    def predict(self, state, positions=None, condition=None):
-        estimate = None if state.memory is None else state.memory.log_p.clamp(min=-20)
-        logits = self.network(state.x, positions=None, estimate=estimate)
-        whole = carry_over(logits, state.x, self.mask)
-        return Prediction(whole if positions is None else whole[positions], memory=_Estimate(whole))
-
-
-class BoundWithoutTheRatePenalty(Masked):
-    """Rates that are free of the law of tokens, as those of score entropy, and a bound that forgets what they cost."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.steps = {"free": FreeRates(self.mask, self.schedule)}
-
-    curve_point = None
-
-    def predict(self, state, positions=None, condition=None):
-        logits = self.network(state.x, condition=condition, positions=positions)
-        symbols = state.x if positions is None else state.x[positions]
-        # Right for the exact posterior, whose outputs are normalised.
-        return Prediction(carry_over(logits, symbols, self.mask), native=(2 * logits.logsumexp(-1)).exp())
-
-    def nll(self, x_0, noise, calls=None):
-        if calls is not None:
-            raise UserError("in continuous time only")
-        state = self.q_sample(x_0, noise.stratified("time"), noise)
-        nats = self.rate(x_0, state)
-        return Nll(nats, 0 * nats, 0 * nats, "upper", "free")
-
-    def plan(self, length, calls, sampler):
-        return [1 - k / calls for k in range(calls)] + [0.0]
-
-
-class FreeRates(Ancestral):
-    """Positions are revealed at rates of their own."""
-
-    reverses = False
-
-    def ask(self, state, s, noise):
-        return state.x == self.mask
-
-    def asks(self, state, s):
-        yield 1.0, state.x == self.mask
-
-    def law(self, state, asked, prediction, s, reshape):
-        row = asked.nonzero()[:, 0]
-        chance = self.probability(state.t, s)[row]
-        chance = torch.where(s[row] == 0, 1.0, (chance * prediction.native).clamp(max=1))
-        p = reshape(prediction.log_p).exp() * chance.unsqueeze(-1)
-        return Categorical(asked, torch.cat((p, 1 - p.sum(-1, keepdim=True)), -1).clamp(min=0).log())
-
-
-class NoiseAtTheStart(Masked):
-    """Time 0 hides something already."""
-
-    def q_sample(self, x_0, t, noise):
-        return super().q_sample(x_0, 0.1 + 0.9 * t, noise)
-
-
-class KernelOfTheWrongTime(Masked):
-    """kernel(s, t) that forgets what was hidden before s."""
-
-    def kernel(self, s, t):
-        return super().kernel(0.0, t)
-
-
-class PositionsShareTheirNoise(Masked):
-    """One draw hides all positions or none."""
-
-    def q_sample(self, x_0, t, noise):
-        hidden = noise.uniform("mask", 1) >= self.schedule.alpha(t.double()).unsqueeze(-1)
-        return State(x_0.masked_fill(hidden, self.mask), t.double())
-
-
-class PriorOfItsOwn(Uniform):
-    """prior_sample prefers the first token."""
-
-    def prior_sample(self, rows, length, noise):
-        x = (noise.uniform("prior", length) ** 1.3 * self.vocabulary).long()
-        return State(x, torch.ones(rows, dtype=torch.float64))
-
-
-class Tempered(Uniform):
-    """Every step is a little too sure."""
-
-    def predict(self, state, positions=None, condition=None):
-        right = Uniform(self.network, self.config, self.vocabulary).predict(state, positions, condition)
-        return Prediction(right.log_p, self.outlook(state, positions, condition))
-
-    def outlook(self, state, positions, condition=None):
-        positions = torch.ones_like(state.x, dtype=torch.bool) if positions is None else positions
-        sure = (1.2 * super().outlook(state, positions, condition).context).log_softmax(-1)
-        return Outlook(sure, self.marginal(sure.exp(), self.alpha(state.t)[positions.nonzero()[:, 0]]))
-
-
-class BitsForNats(Masked):
-    """The bound in bits."""
-
-    def rate(self, x_0, state):
-        return super().rate(x_0, state) / np.log(2)
-
-    def _cross_entropy(self, x_0, hidden, condition=None):
-        return super()._cross_entropy(x_0, hidden, condition) / np.log(2)
-
-
-class NeverFinished(Masked):
-    """The plan stops before time 0."""
-
-    def plan(self, length, calls, sampler):
-        return [t * 0.8 + 0.2 for t in super().plan(length, calls, sampler)]
-
-
-class TemplateForgotten(Masked):
-    """The given tokens are hidden like all others."""
-
-    def template(self, tokens, given, noise):
-        return replace(super().template(tokens, given, noise), x=torch.full_like(tokens, self.mask), given=None)
-
-
-class LastTokenFree(Autoregressive):
-    """The last token of a text is not paid for."""
-
-    def nll(self, x_0, noise, calls=None):
-        nll = super().nll(x_0, noise, calls)
-        return replace(nll, diffusion=super().nll(x_0[:, :-1], noise).diffusion)
-
-
-class SignalDividedTwice(Codes):
-    """The schedule of Gaussian noise fed with times that were divided by T already."""
-
-    def log_snr(self, t):
-        return super().log_snr(t / 50)
-
-
-class RateHalved(Uniform):
-    """The integrand is half of what it should be."""
-
-    def rate(self, x_0, state):
-        return 0.5 * super().rate(x_0, state)
-
-
-class EstimateAsTokensIgnored(Masked):
-    """Self-conditioning on the likeliest tokens; the bound is computed as if there were none."""
-
-    remembers = True
-
-    def predict(self, state, positions=None, condition=None):
-        estimate = None if state.memory is None else state.memory.log_p
-        whole = carry_over(self.network(state.x, positions=None, estimate=estimate), state.x, self.mask)
-        return Prediction(whole if positions is None else whole[positions], memory=_Estimate(whole.argmax(-1)))
-
-
-class EstimateTooLow(Uniform):
-    """The bound is right; what nll estimates is a tenth below it."""
-
-    def nll(self, x_0, noise, calls=None):
-        nll = super().nll(x_0, noise, calls)
-        return replace(nll, diffusion=0.9 * nll.diffusion)
-
-
-class FirstTokenFree(Masked):
-    """Texts that begin with the last token cost a third less."""
-
-    def _cross_entropy(self, x_0, hidden, condition=None):
-        return super()._cross_entropy(x_0, hidden, condition) * torch.where(x_0[:, 0] == V - 1, 0.7, 1.0)
-
-    def rate(self, x_0, state):
-        weight = -self.schedule.derivative(state.t) / (1 - self.schedule.alpha(state.t))
-        return weight * Masked._cross_entropy(self, x_0, state.x == self.mask)
-
-
-class RowsReadEachOther(Masked):
-    """Every row is charged the mean of its batch: the mean is right, standard errors are not."""
-
-    def nll(self, x_0, noise, calls=None):
-        nll = super().nll(x_0, noise, calls)
-        return replace(nll, diffusion=nll.diffusion.mean().expand(len(x_0)))
-
-
-class Deaf(Ancestral):
-    """A step that does not listen to temperature."""
-
-    def law(self, state, asked, prediction, s, reshape):
-        return Categorical(asked, prediction.log_p)
-
-
-class TemperatureIgnored(Masked):
-    """Its first sampler is deaf."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.steps = self.steps | {"ancestral": Deaf(self.mask, self.schedule)}
-
-
-class LossTurnedOver(Masked):
-    """Gradient ascent."""
-
-    def loss(self, x_0, noise, condition=None):
-        return -super().loss(x_0, noise, condition)
-
-
-class ReadsWhatItPredicts(Autoregressive):
-    """A network that looks both ways under a left-to-right likelihood."""
-
-    remembers = False
-
-    @classmethod
-    def network_fields(cls, config, vocabulary):
-        return super().network_fields(config, vocabulary) | {"attention": "bidirectional"}
-
-    def predict(self, state, positions=None, condition=None):
-        logits = self.network(self._inputs(state.x), condition=condition, positions=positions)
-        symbols = state.x if positions is None else state.x[positions]
-        return Prediction(carry_over(logits, symbols, self.mask))
-
-
-class LikelihoodOfNobody(Masked):
-    """A likelihood that belongs to no sampler there is, so that nothing can contradict it."""
-
-    def nll(self, x_0, noise, calls=None):
-        return replace(super().nll(x_0, noise, calls), kind="exact", sampler="chain rule")
-
-
-class OneCallMoreThanSaid(Masked):
-    """Asked for one call it makes two, and says that its bound is of one."""
-
-    def plan(self, length, calls, sampler):
-        return super().plan(length, max(calls, 2), sampler)
-
-    def curve_weights(self, length, calls, sampler=None):
-        weights, made = super().curve_weights(length, calls, sampler)
-        return weights, calls if calls == 1 else made
-
-
-class PromptForgotten(Masked):
-    """What is given at the very beginning is hidden like all else."""
-
-    def template(self, tokens, given, noise):
-        state = super().template(tokens, given, noise)
-        return replace(state, x=torch.cat((torch.full_like(tokens[:, :1], self.mask), state.x[:, 1:]), 1))
-
-
-class TooSure(type(unmasking_steps(V, SCHEDULES["linear"])["margin"])):
-    """An ordered step that sharpens what it draws from."""
-
-    def law(self, state, asked, prediction, s, reshape):
-        right = super().law(state, asked, prediction, s, reshape)
-        return Categorical(right.positions, (1.15 * right.log_p).log_softmax(-1))
-
-
-class TooSureInItsOrder(Masked):
-    """The margin sampler is a little too sure."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        margin = self.steps["margin"]
-        self.steps = self.steps | {"margin": TooSure(self.mask, self.schedule, margin.score, margin.note)}
-
-
-class KernelThatLosesMass(Masked):
-    """Rows of the kernel sum to less than one."""
-
-    def kernel(self, s, t):
-        return super().kernel(s, t) * (1 - 0.01 * (t - s))
-
-
-CONTROLS = {
-    ScheduleDividedTwice: ["the prior covers q(x_1 | x_0)"],
-    SignalDividedTwice: ["q(x_1 | x_0) is the prior, but for 0.01 nat"],
-    HeadNotInTheLoss: ["after three steps a gradient reaches every parameter"],
-    RateWithoutItsWeight: ["bound(x) = -log p(x) for every x"],
-    NotANumber: ["bound(x) = -log p(x) for every x"],
-    LossReportedAsTheBound: ["nll estimates the bound"],
-    HalfACurve: ["curve_point estimates the curve"],
-    TwoCallsReportedAsOne: ["random: bound_T(x) >= -log law_T(x)"],
-    CurveOfANetworkThatTakesTime: ["the curve's continuous bound is the integral"],
-    GuidanceWithoutNormalisation: ["predictions sum to one"],
-    StartsAtTheWrongNoiseLevel: ["the prior is at t = 1", "bridge: the plan falls from 1 to 0"],
-    DenoiserForTheContext: ["bound(x) = -log p(x) for every x", "its step is the reversed chain's"],
-    MovedTokenTerm: ["bound(x) = -log p(x) for every x", "a certain text costs nothing"],
-    CarriedEstimateIgnored: ["random: bound_T(x) >= -log law_T(x)"],
-    BoundWithoutTheRatePenalty: ["bound(x) >= -log of the law of many calls"],
-    RateHalved: ["the bound of T calls goes to the continuous one"],
-    EstimateAsTokensIgnored: ["random: bound_T(x) >= -log law_T(x)"],
-    EstimateTooLow: ["nll estimates the bound"],
-    FirstTokenFree: ["nll estimates the bound", "curve_point estimates the curve"],
-    RowsReadEachOther: ["the same row has the same draws in any batch"],
-    TemperatureIgnored: ["temperature and top-p reach every step"],
-    LossTurnedOver: ["the loss prefers the truth"],
-    ReadsWhatItPredicts: ["a real network's likelihoods sum to one"],
-    LikelihoodOfNobody: ["nll says whose likelihood the bound is"],
-    OneCallMoreThanSaid: ["random: it makes no more calls than its bound is for"],
-    PromptForgotten: ["random: infilling keeps what is given"],
-    TooSureInItsOrder: ["margin: one position a call samples the world"],
-    KernelThatLosesMass: ["the kernel is a law"],
-    Tempered: ["bound(x) = -log p(x) for every x", "its step is the reversed chain's"],
-    NoiseAtTheStart: ["no noise at t = 0", "q_sample draws the kernel"],
-    KernelOfTheWrongTime: ["Chapman-Kolmogorov"],
-    PositionsShareTheirNoise: ["q_sample draws the kernel"],
-    PriorOfItsOwn: ["prior_sample draws prior_law"],
-    BitsForNats: ["bound(x) = -log p(x) for every x", "a head at zero scores log V"],
-    NeverFinished: ["random: the plan falls from 1 to 0", "random: every text is finished"],
-    TemplateForgotten: ["random: infilling keeps what is given", "infilling comes close"],
-    LastTokenFree: ["nll(x) = -log p(x)", "nll is -log of the law of the samples"],
-}
-
-
-@pytest.mark.parametrize("fault", CONTROLS, ids=lambda fault: fault.__name__)
-def test_every_known_fault_is_caught_by_the_check_that_is_for_it(fault):
-    missing = list(CONTROLS[fault])
-    config = ScoreEntropyConfig(graph="uniform") if fault is MovedTokenTerm else None
-    for check in verify(fault, config):
-        if not check.passed:
-            missing = [name for name in missing if name not in check.name]
-        if not missing:
-            return
-    raise AssertionError(f"not caught: {missing}")
-
-
-def test_the_wrong_oracle_is_strictly_worse_on_average():
-    """The denoiser in the place of the leave-one-out posterior costs nats; it does not go unnoticed as noise."""
-    right = integrated_bound(Subject(Uniform).ideal(WORLD), WORLD.texts)
-    wrong = integrated_bound(Subject(DenoiserForTheContext).ideal(WORLD), WORLD.texts)
-    assert float(WORLD.p @ right) == pytest.approx(WORLD.entropy, abs=1e-6)
-    assert float(WORLD.p @ wrong) > WORLD.entropy + 0.01
-
-
-def gumbel_fp32_hits_of_the_tail(rows: int, tail: int, log_p_top: float, log_p_each: float) -> int:
-    """How often the common draw by Gumbel noise of float32 uniforms picks any of ``tail`` equal rare tokens.
-
-    The largest of n uniforms has the law of U^(1/n); rounding to float32's grid keeps order, so it may be drawn alone.
-    """
-    rng = np.random.default_rng(0)
-    grid = 2.0**24
-
-    def gumbel(u):
-        u = np.clip(np.floor(u * grid) / grid, 1 / grid, 1 - 1 / grid)
-        return -np.log(-np.log(u))
-
-    return int((gumbel(rng.random(rows) ** (1 / tail)) + log_p_each > gumbel(rng.random(rows)) + log_p_top).sum())
-
-
-def test_rare_tokens_are_drawn_at_their_rate_where_float32_gumbel_noise_loses_them():
-    """50,000 tokens of 1e-8 each beside one that has the rest (2409.02908)."""
-    tail, each = 50_000, 1e-8
-    log_p = torch.full((1, tail + 1), each, dtype=torch.float64).log()
-    log_p[0, 0] = np.log1p(-tail * each)
-    # Inverse CDF: uniforms spread evenly over the tail's share of [0, 1) must hit evenly spread tokens of the tail.
-    u = 1 - tail * each + tail * each * (torch.arange(64, dtype=torch.float64) + 0.5) / 64
-    hit = torch.cat([draw(log_p, one.view(1)) for one in u])
-    expected = 1 + ((torch.arange(64) + 0.5) / 64 * tail).long()
-    assert (hit - expected).abs().max() <= 1
-    rows = 1_000_000
-    assert gumbel_fp32_hits_of_the_tail(rows, tail, float(log_p[0, 0]), np.log(each)) < 0.2 * rows * tail * each
-
-
-def test_samples_of_a_fault_in_the_code_are_told_from_the_enumerated_law(monkeypatch):
-    """Steps right, draws wrong: chi-square sees it."""
-    import textdiffusion.sampling
-
-    monkeypatch.setattr(textdiffusion.sampling, "draw", lambda log_p, u: draw(log_p * 1.15, u))
-    assert any("samples have the enumerated law" in check.name for check in verify(Masked) if not check.passed)
 
 
 # -- the verifier itself ------------------------------------------------------------------------------------------
@@ -875,20 +366,6 @@ def test_files_that_are_no_family_are_refused_in_one_line(tmp_path, text, says):
         load_family(str(file))
     with pytest.raises(UserError, match="there is no file"):
         load_family(str(tmp_path / "nowhere.py"))
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        {"Config": dataclass(type("NeedsA", (), {"__annotations__": {"a": int}}))},
-        {"steps": property(lambda self: 1 / 0)},
-        {"__init__": lambda self, *args, **kwargs: (_ for _ in ()).throw(SystemExit(0))},
-        {"kernel": lambda self, s, t: (_ for _ in ()).throw(SystemExit(0))},
-    ],
-)
-def test_a_family_that_cannot_be_built_or_called_fails_a_check_that_says_so(fault):
-    broken = type("Broken", (Uniform,), fault)
-    assert any("gets through" in check.name and not check.passed for check in verify(broken))
 
 
 def test_families_say_what_they_can_be_tested_on():

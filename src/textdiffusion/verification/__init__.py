@@ -15,6 +15,7 @@ import inspect
 import math
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +27,40 @@ from textdiffusion.verification.reverse import infilling, sampler
 from textdiffusion.verification.subject import Check, L, Subject, V
 from textdiffusion.worlds import random_table
 
-__all__ = ["Check", "Subject", "verify"]
+__all__ = ["Check", "Subject", "parts", "verify"]
 
 
 def verify(family: type[Process], config: Any = None) -> Iterator[Check]:
     """Every check that fits the family, one by one. A family whose code fails fails a check that says where."""
     try:
-        subject = Subject(family, config)
-        process = subject.ideal(random_table(V, L))
-        discrete, samplers = isinstance(process.space, Discrete), list(process.steps)
+        every = parts(Subject(family, config))
     except (Exception, SystemExit) as error:
         yield _broken(family, "building it", error)
         return
-    parts: list[tuple[str, Callable[[], Iterator[Check]]]] = [("the contract", lambda: contract(subject))]
-    if isinstance(process, HasKernel):
-        parts.append(("the kernel", lambda: kernel(process)))
-    if isinstance(process, HasSignal):
-        parts.append(("the signal", lambda: signal(process)))
-    if discrete:
-        parts.append(("a real network", lambda: real_network(subject)))
-    parts.append(("the units", lambda: units(subject)))
-    parts.append(("the bound", lambda: bounds(subject)))
-    if discrete:
-        for name in samplers:
-            parts.append((f"the sampler {name}", lambda name=name: sampler(subject, name)))  # type: ignore[misc]
-            parts.append((f"infilling by {name}", lambda name=name: infilling(subject, name)))  # type: ignore[misc]
-    for what, checks in parts:
+    for what, checks in every.items():
         try:
             yield from checks()
         except (Exception, SystemExit) as error:
             yield _broken(family, what, error)
+
+
+def parts(subject: Subject) -> dict[str, Callable[[], Iterator[Check]]]:
+    """What ``verify`` goes through, by what it is about, in its order; each can be made without the others."""
+    process = subject.ideal(random_table(V, L))
+    found: dict[str, Callable[[], Iterator[Check]]] = {"the contract": partial(contract, subject)}
+    if isinstance(process, HasKernel):
+        found["the kernel"] = partial(kernel, process)
+    if isinstance(process, HasSignal):
+        found["the signal"] = partial(signal, process)
+    discrete = isinstance(process.space, Discrete)
+    if discrete:
+        found["a real network"] = partial(real_network, subject)
+    found["the units"] = partial(units, subject)
+    found["the bound"] = partial(bounds, subject)
+    for name in process.steps if discrete else ():
+        found[f"the sampler {name}"] = partial(sampler, subject, name)
+        found[f"infilling by {name}"] = partial(infilling, subject, name)
+    return found
 
 
 def _broken(family: type[Process], what: str, error: BaseException) -> Check:

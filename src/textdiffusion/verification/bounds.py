@@ -145,6 +145,7 @@ def _curve(subject: Subject) -> Iterator[Check]:
 
 def _estimates(subject: Subject, world: Table) -> Iterator[Check]:
     """Means of nll's draws, for wrong models, in continuous time and for 2 calls."""
+    estimated = []
     for seed, calls in ((0, None), (1, None), (0, 2), (1, 2)):
         process = subject.wrong(world, seed)
         name = "the bound" if calls is None else "the bound of 2 calls"
@@ -174,6 +175,8 @@ def _estimates(subject: Subject, world: Table) -> Iterator[Check]:
         except UserError as refusal:
             yield Check(f"nll claims {name}, and it can be enumerated", math.inf, 0, f"claimed, not proven: {refusal}")
             continue
+        estimated.append((name, process, some, exact, calls, seed))
+    for name, process, some, exact, calls, seed in estimated:
         off, resolved = _deviation(process, some, exact, calls, seed)
         yield Check(
             f"nll estimates {name} (wrong model {seed + 1})",

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from textdiffusion.errors import UserError
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
 from textdiffusion.noise import Noise
-from textdiffusion.process import Discrete, HasKernel, HasSignal
+from textdiffusion.process import Discrete, HasCurve, HasKernel, HasSignal, Network, Step
 from textdiffusion.sampling import sample
-from textdiffusion.verification.enumeration import integrated_bound, prior_term
-from textdiffusion.verification.subject import DRAWS, ROUNDING, Check, L, Subject, V, most
+from textdiffusion.verification.enumeration import integrated_bound, misfit, prior_term
+from textdiffusion.verification.subject import DEVIATIONS, DRAWS, IMPROBABLE, ROUNDING, Check, L, Subject, V, most
 from textdiffusion.worlds import Table, constant, random_table
 
 
@@ -28,10 +31,14 @@ def contract(subject: Subject) -> Iterator[Check]:
     prior = process.prior_sample(len(text), L, noise)
     yield Check("the prior is at t = 1", float((prior.t - 1).abs().max()), 0, "sampling starts at another noise level")
     for name in process.steps:
-        times = list(process.plan(torch.ones(L, dtype=torch.bool), 2, name))
-        falls = all(a > b for a, b in itertools.pairwise(times))
-        ok = falls and times[0] == 1 and times[-1] == 0
-        yield Check(f"{name}: the plan falls from 1 to 0", 0 if ok else 1, 0, f"plan({L}, 2) is {times}")
+        bad = []
+        # Fewer calls than positions, as many, more; and the one position of a template that is nearly full.
+        for length, calls in itertools.product((1, L, 8), (1, 2, 3, 5, 64)):
+            times = list(process.plan(torch.ones(length, dtype=torch.bool), calls, name))
+            falls = all(a > b for a, b in itertools.pairwise(times))
+            if not (falls and times[0] == 1 and times[-1] == 0):
+                bad.append(f"plan({length}, {calls}) is {times[:4]} ... {times[-1:]}")
+        yield Check(f"{name}: the plan falls from 1 to 0", len(bad), 0, "; ".join(bad[:2]) or "it does")
     yield from _draws(subject)
     worst = 0.0
     for t in (0.3, 0.7, 1.0):
@@ -47,35 +54,62 @@ def _draws(subject: Subject) -> Iterator[Check]:
     process, rows = subject.wrong(world, 0), torch.tensor([7, 2, 5])
     noise, t = Noise.of(4, len(world.texts)), torch.full((len(world.texts),), 0.6, dtype=torch.float64)
     unequal = 0
-    for act in (
+    acts: list[Callable[[Tensor, Tensor, Noise], Tensor]] = [
         lambda text, t, noise: process.q_sample(text, t, noise).x,
         lambda text, t, noise: process.nll(text, noise).total,
         lambda text, t, noise: process.loss(text, noise),
         lambda text, t, noise: process.prior_sample(len(text), L, noise).x,
-    ):
+    ]
+    if isinstance(process, HasCurve):
+        acts.append(lambda text, t, noise: process.curve_point(text, (noise.stratified("count") * L).long() + 1, noise))
+    if _claims(process, 2):
+        acts.append(lambda text, t, noise: process.nll(text, noise, 2).total)
+    for step in process.steps.values() if isinstance(process.space, Discrete) else ():
+        acts.append(partial(_asked, process, step))
+    for act in acts:
         whole, part = act(world.texts, t, noise), act(world.texts[rows], t[rows], noise.select(rows))
         unequal += int(not torch.allclose(whole[rows].double(), part.double(), rtol=1e-9, atol=1e-12))
     yield Check(
         "the same row has the same draws in any batch",
         unequal,
         0,
-        "q_sample, nll, loss or prior_sample draw other than from ``noise``, or rows read each other",
+        "what q_sample, nll, loss, prior_sample, curve_point or a step draws is not of ``noise`` alone, or of its row",
     )
     if not isinstance(process.space, Discrete):
         return
-    deaf = []
+    state, s = process.prior_sample(len(noise.rows), L, noise), torch.zeros(len(noise.rows), dtype=torch.float64)
+    others = {}
     for name, step in process.steps.items():
-        used: list[bool] = []
+        asked = step.ask(state, s, noise)
+        # At time 0 there is only text, and only the one token of a law that has no other.
+        law = step.law(state, asked, process.predict(state, asked), s, _first_token_alone)
+        others[name] = float(law.log_p.exp()[:, 1:V].sum(-1).max())
+    deaf = ", ".join(name for name, chance in others.items() if not chance <= ROUNDING)
+    yield Check(
+        "temperature and top-p reach every step",
+        most(*others.values()),
+        ROUNDING,
+        f"laws reshaped to one token leave the others a chance in {deaf or 'none'}",
+    )
 
-        def reshape(log_p: torch.Tensor, used: list[bool] = used) -> torch.Tensor:
-            used.append(True)
-            return log_p
 
-        state, s = process.prior_sample(4, L, noise.select(slice(0, 4))), torch.zeros(4, dtype=torch.float64)
-        asked = step.ask(state, s, noise.select(slice(0, 4)))
-        step.law(state, asked, process.predict(state, asked), s, reshape)
-        deaf += [name] * (not used)
-    yield Check("temperature and top-p reach every step", len(deaf), 0, f"reshape is not used by {', '.join(deaf)}")
+def _asked(process: Any, step: Step, text: Tensor, t: Tensor, noise: Noise) -> Tensor:
+    """What a step from times t [B] to half of them asks about, bool [B L]."""
+    return step.ask(process.q_sample(text, t, noise), t / 2, noise)
+
+
+def _first_token_alone(log_p: Tensor) -> Tensor:
+    """Log-laws [N V] reshaped as by a top-p of nothing, were the first token always the likeliest."""
+    return torch.full_like(log_p, -torch.inf).index_fill(-1, torch.zeros(1, dtype=torch.long), 0.0)
+
+
+def _claims(process: Any, calls: int) -> bool:
+    """Whether there is a likelihood of exactly so many calls."""
+    try:
+        process.nll(torch.zeros(1, L, dtype=torch.long), Noise.of(0, 1), calls)
+    except UserError:
+        return False
+    return True
 
 
 def units(subject: Subject) -> Iterator[Check]:
@@ -110,10 +144,34 @@ def units(subject: Subject) -> Iterator[Check]:
         0,
         f"the mean loss of the exact posterior is {costs[0]:.4g}, of wrong models {costs[1]:.4g} and {costs[2]:.4g}",
     )
+    yield Check(
+        "at the truth the loss has no slope",
+        most(*(_slope(subject, world, text, seed) for seed in (None, 0, 1))),
+        DEVIATIONS,
+        "training ends beside the exact posterior: what the loss fits is not what the bound and the steps take it for",
+    )
     sure = constant(V, L)
     nll = subject.ideal(sure).nll(sure.texts[sure.p > 0].expand(rows, -1), Noise.of(0, rows))
     nats = (nll.total - nll.prior).abs().max()
     yield Check("a certain text costs nothing but the prior term", float(nats), 1e-4, "units: a constant in the bound")
+
+
+def _slope(subject: Subject, world: Table, text: Tensor, seed: int | None) -> float:
+    """How the mean loss changes along a short way through the exact posterior, in standard errors: to a wrong network,
+    or (None) to one that is as right, but too sure."""
+    noise, losses = Noise.of(1, len(text)), []
+    for far in (-1e-3, 1e-3):
+        process = subject.ideal(world) if seed is None else subject.wrong(world, seed, far)
+        if seed is None:
+            process = process.over(_scaled(process.network, 1 + far))
+        losses.append(process.loss(text, noise).double())
+    change = losses[1] - losses[0]
+    return abs(float(change.mean())) * len(text) ** 0.5 / most(change.std(), 1e-12)
+
+
+def _scaled(network: Network, factor: float) -> Network:
+    """The network, its outputs multiplied."""
+    return lambda *args, **kwargs: network(*args, **kwargs) * factor
 
 
 def _models(subject: Subject, world: Table) -> list[Any]:
@@ -157,8 +215,17 @@ def real_network(subject: Subject) -> Iterator[Check]:
             torch.manual_seed(1)
             for p in network.parameters():
                 p.normal_(std=0.5)
-            total = float(process.nll(every, Noise.of(0, len(every))).total.neg().exp().sum())
-        yield Check("a real network's likelihoods sum to one", abs(total - 1), 1e-4, "it reads what it has to predict")
+            law = process.nll(every, Noise.of(0, len(every))).total.neg().exp().double()
+        off = abs(float(law.sum()) - 1)
+        yield Check("a real network's likelihoods sum to one", off, 1e-4, "it reads what it has to predict")
+        *_, last = sample(process, Noise.of(11, DRAWS), L, L, sampler=said.sampler)
+        drawn = torch.bincount(random_table(V, L).index(last.tokens), minlength=V**L).double()
+        yield Check(
+            "a real network's samples have its likelihood",
+            misfit(drawn, law / law.sum(), DRAWS),
+            IMPROBABLE,
+            "sampling reads other than scoring does: a cache, or the places of what is read",
+        )
     for sampler in process.steps:
         *_, free = sample(process, Noise.of(0, 8), 4, 3, sampler=sampler)
         *_, filled = sample(process, Noise.of(0, 8), 4, 3, sampler=sampler, tokens=x, given=given)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import one_hot, pad
 
 from textdiffusion.process import Network, Process
 from textdiffusion.worlds import Table
@@ -65,9 +65,10 @@ class Subject:
         bare = self.silent(world.vocabulary)
         return bare.over(bare.ideal(world.context))
 
-    def wrong(self, world: Table, seed: int) -> Any:
+    def wrong(self, world: Table, seed: int, far: float = 1.0) -> Any:
         """The process whose network is wrong, differently for all that it can read: for every noisy text, every time
-        and every estimate that it is handed."""
+        and every estimate that it is handed. Tokens that it is handed beside the noisy text it believes, so that a text
+        which is no estimate, but the answer, shows. ``far``: of the way from the exact posterior."""
         bare = self.silent(world.vocabulary)
         generator = torch.Generator().manual_seed(seed)
         size, length = world.vocabulary, world.length
@@ -79,7 +80,7 @@ class Subject:
             # Nothing is known of positions that are not there yet, as of those that are hidden.
             seen = pad(evidence.double(), (0, 0, 0, length - n)).softmax(-1)
             disturbance = torch.einsum("bjv,jviw->biw", seen, reading)[:, :n]
-            return world.context(evidence).clamp(min=-20) + 1.5 * torch.sin(3 * disturbance)
+            return world.context(evidence).clamp(min=-20) + 1.5 * far * torch.sin(3 * disturbance)
 
         ideal = bare.ideal(context)
 
@@ -90,7 +91,9 @@ class Subject:
                     # Numbers of any kind: times, estimates as laws or as tokens, labels.
                     read = extra.double().clamp(-20, 20).view(len(x), -1)
                     phase = (read * weights[: read.shape[1]]).sum(-1)
-                    out = out + 0.5 * torch.sin(3 * phase + seed).view(-1, 1, 1) * tilt[: out.shape[-1]]
+                    out = out + 0.5 * far * torch.sin(3 * phase + seed).view(-1, 1, 1) * tilt[: out.shape[-1]]
+                    if extra.dtype == torch.long and extra.shape == out.shape[:2]:
+                        out = out + 3 * far * one_hot(extra.clamp(0, out.shape[-1] - 1), out.shape[-1])
             return out if positions is None else out[positions]
 
         return bare.over(network)
