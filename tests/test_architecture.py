@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "textdiffusion"
 FLOORS = [
     {"errors", "noise", "schedules", "categorical", "tokenizer", "worlds"}
-    | {"networks.convolution", "networks.transformer"},
+    | {"networks.convolution", "networks.ngrams", "networks.transformer"},
     {"process", "absorbing", "replacing", "steps.unmasking", "steps.ordering"},
     {"families"},  # and every file in families/
     {"data", "training", "sampling", "evaluation", "template"},

@@ -3,6 +3,7 @@ import torch
 
 from textdiffusion.errors import UserError
 from textdiffusion.networks.convolution import Convolution
+from textdiffusion.networks.ngrams import ROWS, Ngrams
 from textdiffusion.networks.transformer import Transformer, TransformerConfig, rotate
 
 VARIANTS = [
@@ -13,6 +14,7 @@ VARIANTS = [
     {"convolution": 3, "bias": True},
     {"classes": 3},
     {"time": True},
+    {"ngrams": 4},
 ]
 
 
@@ -183,7 +185,7 @@ def test_times_by_position_mark_what_has_no_noise():
     assert (network(x, t) - network(x, some)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("fields", [{}, {"convolution": 0}, {"convolution": 3}, {"classes": 3}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"convolution": 0, "ngrams": 3}, {"convolution": 3}, {"classes": 3}], ids=str)
 @pytest.mark.parametrize(("size", "length"), [(1, 12), (3, 12), (4, 12), (5, 12), (4, 10), (12, 12), (8, 5)])
 def test_a_noisy_position_sees_its_block_and_the_clean_ones_before_it(fields, size, length):
     network = make(attention="block", block_length=size, positions="rotary", **fields)
@@ -207,7 +209,7 @@ def test_one_block_of_all_is_bidirectional():
     assert torch.allclose(one(x, halves=True)[:, :12], other(x[:, :12]), atol=1e-5)
 
 
-@pytest.mark.parametrize("fields", [{}, {"convolution": 0}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"convolution": 0}, {"ngrams": 4}], ids=str)
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_blocks_past_the_window_are_read_from_the_cache_exactly(fields, size):
     """Of 40 positions with a window of 12, block by block: as all in one pass, by a network whose window is longer but
@@ -236,3 +238,17 @@ def test_blocks_past_the_window_are_read_from_the_cache_exactly(fields, size):
         symbols[:, size:] = 0
         out.append(network(symbols, cache=cache, at=at)[:, : min(size, 40 - begin)])
     assert torch.allclose(torch.cat(out, 1), whole, atol=1e-5)
+
+
+def test_ngrams_tell_what_stands_before():
+    """Two places have the same embedding exactly where their last symbols are the same; tables hardly collide."""
+    torch.manual_seed(0)
+    ngrams = Ngrams(3, 16, 1)
+    x = torch.tensor([[1, 2, 3, 9, 1, 2, 3, 2, 3]])
+    e = ngrams(x, ngrams.before(x, False), torch.float32)[0]
+    assert torch.equal(e[2], e[6]) and not torch.allclose(e[2], e[8]) and not torch.allclose(e[0], e[4])
+    # Of 10,000 pairs about as many rows are used as if they were thrown at random.
+    pairs = torch.cartesian_prod(torch.arange(100), torch.arange(100)).unsqueeze(1)
+    used = ngrams.rows(pairs[..., 1], pairs)[..., 0].unique().numel()
+    assert used > 0.97 * ROWS * (1 - 2.71828 ** (-10_000 / ROWS))
+    assert ngrams.rows(pairs[..., 1], pairs).max() < 2 * ROWS

@@ -53,7 +53,7 @@ def configure(
     Raises:
         UserError: a value that makes no sense, naming what would.
     """
-    find_family(family)
+    cls = find_family(family)
     if preset is not None and preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}, not {preset!r}")
     if not 1 <= length <= 1_000_000:
@@ -66,7 +66,8 @@ def configure(
         chosen = depth
     else:
         chosen = PRESETS[preset] if preset else depth_for(minutes)
-    size = shape(chosen)
+    # What stands before a position is there in full only where text is written from left to right (docs/results.md).
+    size = shape(chosen) | {"ngrams": 0 if cls.infills else 5}
     # Matrices are taught by Muon, whose steps are scaled to their shape; AdamW's rate falls with the width.
     training = TrainingConfig(steps=steps, minutes=minutes, seed=seed)
     training = replace(training, rate=round(training.rate * min(1.0, (4 / chosen) ** 0.5), 6))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from textdiffusion.errors import UserError
 from textdiffusion.networks.convolution import Convolution
+from textdiffusion.networks.ngrams import Ngrams
 
 Attention = Literal["bidirectional", "causal", "block"]
 
@@ -44,6 +45,7 @@ class TransformerConfig:
     attention: Attention = "bidirectional"
     block_length: int = 8  # for attention = "block"
     positions: Literal["learned", "rotary"] = "learned"
+    ngrams: int = 0  # hashed embeddings of the symbols up to a position, 2 .. so many of them; 0 leaves them out
     convolution: int = 5  # taps of the depthwise convolutions; 0 leaves them out
     expansion: float = 4.0  # width of the feed-forward part over the width
     dropout: float = 0.0
@@ -60,6 +62,8 @@ class TransformerConfig:
             raise UserError(
                 "network.dropout must be in [0, 1), network.expansion in (0, 64], network.classes 0 or more"
             )
+        if not (self.ngrams == 0 or 2 <= self.ngrams <= 8):
+            raise UserError(f"network.ngrams must be 0, or from 2 to 8, not {self.ngrams}")
         if self.positions == "rotary" and self.width // self.heads % 2:
             raise UserError("rotary positions need an even network.width / network.heads")
         if self.attention == "block" and self.block_length > self.window:
@@ -102,10 +106,17 @@ class Cache:
     values: list[Tensor]  # [B H W D/H]
     shifted: list[Tensor]  # [B W D], two a layer
     places: Tensor  # int64 [B W], the position in each slot; -1 for none
+    symbols: Tensor  # int64 [B W]
 
     def select(self, rows: Tensor) -> Cache:
         keys, values, shifted = ([x[rows] for x in part] for part in (self.keys, self.values, self.shifted))
-        return Cache(keys, values, shifted, self.places[rows])
+        return Cache(keys, values, shifted, self.places[rows], self.symbols[rows])
+
+    def note(self, x: Tensor, at: Tensor) -> None:
+        """Take down that symbols x [B n] stand at positions ``at``."""
+        slots = at % self.places.shape[1]
+        self.places.scatter_(1, slots, at)
+        self.symbols.scatter_(1, slots, x)
 
 
 @dataclass(frozen=True)
@@ -244,6 +255,7 @@ class Transformer(nn.Module):
         self.compute_dtype = torch.float32
         width = config.width
         self.embedding = nn.Embedding(config.inputs, width)
+        self.ngrams = Ngrams(config.ngrams, width, config.block_length) if config.ngrams else None
         self.position = nn.Parameter(torch.zeros(config.window, width)) if config.positions == "learned" else None
         conditioned = config.time or config.classes > 0
         self.time = nn.Sequential(Linear(64, width), nn.SiLU(), Linear(width, width)) if config.time else None
@@ -260,7 +272,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
+            elif isinstance(module, nn.Embedding) and not (self.ngrams and module is self.ngrams.table):
                 # Without convolutions attention must find a token's neighbours by their positions, which it does not
                 # learn in thousands of steps when tokens drown them out.
                 nn.init.normal_(module.weight, std=0.5 if self.config.convolution else 0.1)
@@ -307,6 +319,7 @@ class Transformer(nn.Module):
             [zeros(*heads) for _ in layers],
             [zeros(rows, slots, c.width) for _ in shifted],
             torch.full((rows, slots), -1, dtype=torch.long, device=self.head.weight.device),
+            torch.full((rows, slots), -1, dtype=torch.long, device=self.head.weight.device),
         )
 
     def forward(
@@ -325,6 +338,14 @@ class Transformer(nn.Module):
         at = torch.arange(length, device=x.device) if at is None else at
         # Cast after the choice of rows: in bfloat16 the gradients of a symbol's many places would not add up.
         h = F.embedding(x, self.embedding.weight).to(self.compute_dtype)
+        if cache is not None:
+            cache.note(x, at)
+        if self.ngrams is not None:
+            if cache is None:
+                before = self.ngrams.before(x, halves)
+            else:
+                before = self.ngrams.recalled(at, cache.symbols, cache.places)
+            h = h + self.ngrams(x, before, h.dtype)
         if self.position is not None:
             h = h + self.position.to(h.dtype)[at.repeat(2) if halves else at]
         if t is not None and t.dim() == 2:
@@ -333,8 +354,6 @@ class Transformer(nn.Module):
             t = t.amax(-1)
         h = F.dropout(h, self.config.dropout, self.training)
         c = self._condition(x, t, condition, h.dtype)
-        if cache is not None:
-            cache.places.scatter_(1, at % cache.places.shape[1], at)
         view = self._view(at, at if cache is None else cache.places, halves)
         for layer, block in enumerate(self.blocks):
             h = block(h, c, view, cache, layer)

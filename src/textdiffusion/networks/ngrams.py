@@ -1,0 +1,68 @@
+"""Embeddings of the n-grams that end at a position, hashed: what often follows them need not be learnt by attention.
+
+Shapes: B batch, L length, D width, K orders (n = 2 .. K + 1), W slots of a cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROWS, WIDTH = 2**15, 32  # of each order's table
+# Odd and without pattern: n-grams that share a row should have nothing else in common.
+_FACTORS = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09)
+
+
+class Ngrams(nn.Module):
+    """Sum over n = 2 .. ``longest`` of an embedding of the last n symbols (hashed: 2211.04928, section 2, and others).
+
+    Args:
+        longest: n of the longest n-gram, at most 8.
+        width: D.
+        block: with a noisy and a clean half, the length of a block: before it, n-grams of both halves are clean.
+    """
+
+    def __init__(self, longest: int, width: int, block: int):
+        super().__init__()
+        self.longest, self.block = longest, block
+        orders = longest - 1
+        self.table = nn.Embedding(orders * ROWS, WIDTH)
+        self.up = nn.Parameter(torch.empty(width, orders * WIDTH))
+        nn.init.normal_(self.table.weight, std=0.1)
+        nn.init.normal_(self.up, std=(orders * WIDTH) ** -0.5)
+
+    def forward(self, x: Tensor, before: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embeddings [B L D] in ``dtype``, of symbols x int64 [B L] and those ``before`` them, nearest first,
+        [B L longest - 1]; -1 for none."""
+        # Cast after the choice of rows: in bfloat16 the gradients of a row's many places would not add up.
+        found = F.embedding(self.rows(x, before), self.table.weight).flatten(-2).to(dtype)
+        return F.linear(found, self.up.to(dtype))
+
+    def rows(self, x: Tensor, before: Tensor) -> Tensor:
+        """Where in the table the n-grams are found, [B L K]."""
+        symbols = torch.cat((x.unsqueeze(-1), before), -1)[..., : self.longest] + 2
+        mixed = (symbols * symbols.new_tensor(_FACTORS[: self.longest])).cumsum(-1)[..., 1:]
+        # The high bits of a product depend on all bits of what was multiplied.
+        row = ((mixed & 0xFFFFFFFF) * _FACTORS[0] >> 17) % ROWS
+        return row + ROWS * torch.arange(self.longest - 1, device=x.device)
+
+    def before(self, x: Tensor, halves: bool) -> Tensor:
+        """The symbols before each of x [B L] in its text, [B L longest - 1]; with ``halves`` of [B 2L]."""
+        parts = x.unflatten(1, (2 if halves else 1, -1))
+        out = []
+        for back in range(1, self.longest):
+            moved = F.pad(parts, (back, 0), value=-1)[..., : parts.shape[-1]]
+            if halves:
+                at = torch.arange(parts.shape[-1], device=x.device)
+                same = at // self.block == (at - back) // self.block
+                moved = torch.where(same, moved, moved[:, 1:])
+            out.append(moved.flatten(1))
+        return torch.stack(out, -1)
+
+    def recalled(self, at: Tensor, symbols: Tensor, places: Tensor) -> Tensor:
+        """The symbols before positions ``at`` [B n] that a cache holds, [B n longest - 1]."""
+        source = at.unsqueeze(-1) - torch.arange(1, self.longest, device=at.device)
+        slot = source % symbols.shape[1]
+        there = places.gather(1, slot.flatten(1)).view(source.shape) == source
+        return symbols.gather(1, slot.flatten(1)).view(source.shape).masked_fill(~there, -1)
