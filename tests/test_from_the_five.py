@@ -32,6 +32,8 @@ def home(tmp_path_factory):
     settings = ["training.batch=4", "process.graph=uniform"]
     td.train(home / "runs/ratios", family="score_entropy", data=str(home / "my.txt"), depth=1, steps=3, length=32,
              settings=settings)  # fmt: skip
+    td.train(home / "runs/blocks", family="block", data=str(home / "my.txt"), depth=1, steps=3, length=32,
+             settings=settings[:1])  # fmt: skip
     return home
 
 
