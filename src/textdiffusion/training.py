@@ -165,7 +165,7 @@ class Learner:
         chosen = {id(p) for p in matrices}
         rest = [p for p in network.parameters() if p.requires_grad and id(p) not in chosen]
         self.adamw = torch.optim.AdamW(
-            rest, lr=config.rate, betas=(0.9, config.beta2), weight_decay=config.weight_decay
+            rest, lr=config.rate, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
         )
         # One Muon a matrix, so that they can be stepped side by side: each is a chain of products too small to fill a
         # processor, and in turn they take a quarter of a step.
