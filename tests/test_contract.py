@@ -279,7 +279,7 @@ def test_learns_a_chain_to_its_entropy(family_name, states, length, width, batch
     world = chain(states, length, seed=1)
     entropy = chain_entropy(world) / length
     cls = family(family_name)
-    config = cls.Config()
+    config = cls.small()
     torch.manual_seed(0)
     size = {"depth": 2, "width": width, "heads": 2, "window": length}
     network = Transformer(TransformerConfig(**size | cls.network_fields(config, states + 1)))
