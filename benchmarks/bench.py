@@ -1,7 +1,7 @@
 """Time our training and sampling against plain re-statements of what public repositories do, in turn in one process.
 
     make bench                                   (about 20 minutes; writes benchmarks/results.json and docs/speed.svg)
-    python benchmarks/bench.py --only training   (parts: peak, training, sampling, profile, sizes; printed, not written)
+    python benchmarks/bench.py --only training   (a part, as --help lists them; printed, not written)
 
 Every figure is a median over rounds in which all rivals take their turn, so that the drift of a shared machine falls on
 all alike; compare ratios, not times. Parameter counts of rivals are equal but for our depthwise convolutions (0.3%) and
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from plain import PlainTraining, PlainTransformer, plain_generate, plain_sample
+from torch.utils.flop_counter import FlopCounterMode
 
 from textdiffusion.data import TokenRuns, Windows
 from textdiffusion.doctor import machine
@@ -70,11 +71,12 @@ def peak() -> dict[str, float]:
     return best
 
 
-def process_of(family: str, size: dict[str, int], half: bool = True, **network: Any) -> Any:
+def process_of(family: str, size: dict[str, int], half: bool = True, own: dict[str, Any] | None = None) -> Any:
     """Our process at a size, in the precision wished for."""
     config = RunConfig(
         family=family,
-        network={k: size[k] for k in ("depth", "width", "heads")} | {"window": size["length"]} | network,
+        process=own or {},
+        network={k: size[k] for k in ("depth", "width", "heads")} | {"window": size["length"]},
         vocabulary=size["vocabulary"],
         training=TrainingConfig(steps=1),
     )
@@ -276,6 +278,36 @@ def sizes(rounds: int) -> dict[str, Any]:
     return out
 
 
+def long_texts(rounds: int) -> dict[str, Any]:
+    """Seconds, and FLOPs of the network, of a text of 1,024 characters, a token a call: masked with a window of all of
+    it, block with one of 256."""
+    small = {"depth": 3, "width": 192, "heads": 3, "vocabulary": 100}
+    out: dict[str, Any] = {}
+    for calls in (1024, 256):
+        rivals: dict[str, Callable[[], object]] = {}
+        flops: dict[str, int] = {}
+        for name, family, window, fields in (
+            ("masked", "masked", 1024, {}),
+            *((f"block of {n}", "block", 256, {"block_length": n}) for n in (4, 16)),
+        ):
+            process = process_of(family, small | {"length": window}, own=fields)
+            process.network.eval().hold(torch.bfloat16)
+            rivals[name] = partial(draw_all, process, 1, 1024, calls)
+            with FlopCounterMode(display=False) as counter:
+                draw_all(process, 1, 1024, calls)
+            flops[name] = counter.get_total_flops()
+        seconds = in_turn(rivals, max(1, rounds // 5))
+        out[f"1,024 characters, {calls} calls"] = {
+            name: {
+                "seconds": round(s, 2), "gigaflops": round(flops[name] / 1e9, 1),
+                "seconds_of_masked": round(seconds["masked"] / s, 1),
+                "flops_of_masked": round(flops["masked"] / flops[name], 1),
+            }
+            for name, s in seconds.items()
+        }  # fmt: skip
+    return out
+
+
 def projection() -> dict[str, Any]:
     """What arithmetic alone says of one and eight H100s: 989 TFLOP/s in bf16 each, of which 40% are assumed to be
     reached, as good public trainers do; gradients of all weights cross a 450 GB/s link once a step. Not measured."""
@@ -315,7 +347,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "training": training, "sampling": sampling, "profile": profile, "sizes": sizes,
+    "training": training, "sampling": sampling, "profile": profile, "sizes": sizes, "long": long_texts,
 }  # fmt: skip
 
 
