@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.nn.functional as F
 
-from textdiffusion.networks.transformer import Convolution
+from textdiffusion.networks.convolution import Convolution
 
 
 def compare(first: Callable[[], object], second: Callable[[], object], runs: int = 21) -> tuple[float, float]:
@@ -57,7 +57,7 @@ def pairs() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     for matrix in (*alone, *together):
         matrix.grad = torch.randn_like(matrix)
     muons, muon = [torch.optim.Muon([matrix]) for matrix in alone], torch.optim.Muon(together)
-    convolution = Convolution(256, 5, causal=False)
+    convolution = Convolution(256, 5)
     plain = torch.nn.Conv1d(256, 256, 5, padding=2, groups=256, bias=False).bfloat16()
     pool = ThreadPoolExecutor(min(torch.get_num_threads(), 4))
     return {

@@ -21,6 +21,7 @@ from textdiffusion.categorical import draw
 from textdiffusion.errors import UserError
 from textdiffusion.families import load_family
 from textdiffusion.families.autoregressive import Autoregressive
+from textdiffusion.families.block import BlockDiffusion
 from textdiffusion.families.masked import Masked
 from textdiffusion.families.score_entropy import ScoreEntropy, ScoreEntropyConfig
 from textdiffusion.families.uniform import Uniform
@@ -419,6 +420,29 @@ class OneCallMoreThanSaid(Masked):
         return weights, calls if calls == 1 else made
 
 
+class BlocksInOneCallMore(BlockDiffusion):
+    """Asked for as few calls as blocks it makes one more, and does not say so."""
+
+    def plan(self, free, calls, sampler):
+        return super().plan(free, calls + 1, sampler)
+
+
+class CleanTextMovedByOne(BlockDiffusion):
+    """In training the clean text stands one place too far to the left: a block sees its first token."""
+
+    def _logits(self, noisy, clean, asked, condition):
+        return super()._logits(noisy, torch.cat((clean[:, 1:], clean[:, :1]), 1), asked, condition)
+
+
+class HalfABlock(BlockDiffusion):
+    """The last block is not paid for."""
+
+    def patterns(self, length, calls, sampler=None):
+        for weight, hidden, scored in super().patterns(length, calls, sampler):
+            if not scored[-1]:
+                yield weight, hidden, scored
+
+
 class PromptForgotten(Masked):
     """What is given at the very beginning is hidden like all else."""
 
@@ -659,6 +683,17 @@ BOUND_OF_CALLS = "random: bound_T(x) >= -log law_T(x) for every x"
 
 # Part of verify -> names of checks that must fail in it.
 CONTROLS = {
+    BlocksInOneCallMore: {"the sampler random": ["random: it makes no more calls than its bound is for"]},
+    CleanTextMovedByOne: {"a real network": ["a real network's bound is that of its predictions"]},
+    HalfABlock: {
+        "the bound": [
+            "bound(x) = -log p(x) for every x, the posterior exact",
+            "bound(x) >= -log of the law of many calls, wrong models",
+            "bounds of a wrong model belong to a law",
+            "nll estimates the bound (wrong model 1)",
+        ],
+        "the sampler random": ["random: bound_T(x) >= -log law_T(x) for every x"],
+    },
     ScheduleDividedTwice: {"the kernel": ["the prior covers q(x_1 | x_0)"]},
     SignalDividedTwice: {"the signal": ["q(x_1 | x_0) is the prior, but for 0.01 nat"]},
     SpreadForDeviation: {"the signal": ["q_sample draws the signal, each real on its own"]},

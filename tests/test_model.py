@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from rich.console import Console
 import textdiffusion as td
 from textdiffusion.families.uniform import Uniform, UniformConfig
 from textdiffusion.fit import Started, Stepped, Stopped, Validated
-from textdiffusion.sampling import sample
+from textdiffusion.sampling import Frame, sample
 from textdiffusion.terminal import TrainingView, clock
-from textdiffusion.watching import BLANK, painted, watch
+from textdiffusion.watching import BLANK, TextFrame, painted, watch
 from textdiffusion.worlds import copy
 
 SETTINGS = ["training.batch=8", "network.width=32", "network.heads=2"]
@@ -64,6 +65,12 @@ def test_proofreading_mends_what_the_rest_of_the_text_contradicts(folder):
     assert ideal.proofread("eeee", strength=0.2) == "eeee"
     with pytest.raises(td.UserError, match="--strength"):
         ideal.proofread("aaaa", strength=0.0)
+    # The share of wrong ones among the tokens, whatever share of the noise is [MASK].
+    for share in (0.0, 0.5):
+        process = Uniform(None, UniformConfig(mask_share=share), size)
+        kernel = process.kernel(0.0, process.time_of(0.3))[0, :size]
+        assert 1 - kernel[0] / kernel.sum() == pytest.approx(0.3)
+    assert Uniform(None, UniformConfig(mask_share=1.0), size).time_of(0.3) is None
 
 
 def test_loading_leaves_the_callers_randomness_alone(folder, masked):
@@ -235,6 +242,20 @@ def test_watching_in_a_terminal_and_over_a_pipe(masked, capsys):
     last = list(masked.stream(1, infill="a ____ b"))[-1]
     styles = {str(span.style) for span in painted(last, 0).spans}
     assert "bold underline" in styles and len(styles) >= 2
+
+
+def test_a_text_is_shown_to_its_end_once_it_has_ended(masked, capsys):
+    end, (a, b) = masked.tokenizer.end_of_text, masked.tokenizer.encode("ab")
+    tokens = torch.tensor([[a, b, end, -1], [a, -1, end, -1], [end, a, b, -1], [a, b, a, end]])
+    frame = Frame(3, 8, 0.5, tokens, torch.ones(4, 4), torch.full((4,), 3))
+    stopping = TextFrame(frame, torch.zeros(4, 4, dtype=torch.bool), masked.tokenizer, stop=True)
+    assert stopping.texts == ["ab", f"a{BLANK}\n\n{BLANK}", f"\n\nab{BLANK}", "aba"]
+    assert stopping.pieces[0] == ["a", "b"]
+    going_on = replace(stopping, stop=False)
+    assert going_on.texts[0] == f"ab\n\n{BLANK}"
+    # Over a pipe the last frame is printed, wherever it stops.
+    assert watch(iter([stopping]))[0] == "ab"
+    assert capsys.readouterr().out.splitlines()[0].endswith("  ab")
 
 
 def test_the_training_view_in_a_terminal():

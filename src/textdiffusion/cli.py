@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -159,6 +158,11 @@ def _refuse(line: str) -> int:
     return 2
 
 
+def _only(args: argparse.Namespace, kept: tuple[str, ...], why: str) -> None:
+    if other := [flag for flag in args.given if not flag.startswith(kept)]:
+        raise UserError(f"{why}; leave out {other[0]}")
+
+
 def _console(quiet: bool = False) -> Console:
     from rich.console import Console
 
@@ -169,58 +173,12 @@ def _console(quiet: bool = False) -> Console:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from textdiffusion.model import load, pick_device
-    from textdiffusion.presets import demo_config
-    from textdiffusion.run import RUNS
+    from textdiffusion.demo import demo
 
-    console = _console()
-    path = args.out or RUNS / "demo"
-    number = 2
-    while args.out is None and path.exists():
-        path, number = RUNS / f"demo-{number}", number + 1
-    console.rule("1. a masked diffusion model learns the Python reference")
-    config = demo_config(args.minutes, args.seed)
-    stopped = _follow(config, path, False, pick_device(args.device), console)
-    if stopped.signal is not None:
-        return 128 + stopped.signal
-    model = load(path, args.device)
-    console.rule("2. text appears out of noise")
-    model.watch(2, seed=args.seed)
-    console.rule("3. it fills gaps, anywhere")
-    model.watch(1, infill="The ________ of the ________ is a string.", seed=args.seed)
-    console.rule("4. what this is, and is not")
-    # After `make demo` the command is in a virtual environment that nobody has activated.
-    me = "textdiffusion" if shutil.which("textdiffusion") else sys.argv[0]
-    console.print(
-        f"""{args.minutes:g} minutes teach a small network the spelling and the habits of its text: most words are
-words, many pairs of them fit, sentences do not hold together. More time, more text and a larger network give more.
-
-Try next:
-  {me} sample {path} --watch --calls 8           the same in 8 network calls: faster, rougher
-  {me} sample {path} --infill "Return the ____"  fill gaps; an underscore is one token
-  {me} eval {path} --calls 1,2,4,8,16,32         bits per character, and what fewer calls cost
-  {me} train --data my.txt --minutes 20 {" " * max(len(str(path)) - 1, 0)}    your own text
-The run is in {path}.""",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
-    return 0
+    return demo(args.minutes, args.seed, args.out, args.device)
 
 
 # -- train --------------------------------------------------------------------------------------------------------
-
-
-def _follow(config: RunConfig, path: Path, resume: bool, device: str, console: Console, quiet: bool = False) -> Stopped:
-    from textdiffusion.fit import Stopped, fit
-    from textdiffusion.terminal import TrainingView
-
-    last = None
-    with TrainingView(console, quiet) as view:
-        for event in fit(config, path, resume=resume, device=device):
-            view.show(event)
-            if isinstance(event, Stopped):
-                last = event
-    assert last is not None
-    return last
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -237,22 +195,22 @@ def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(args, config)
     from textdiffusion.model import new_run_path, pick_device
+    from textdiffusion.terminal import follow
 
     path = args.out or new_run_path(config.family, config.data.source)
-    return _report(args, _follow(config, path, False, pick_device(args.device), _console(args.json), args.json))
+    return _report(args, follow(config, path, False, pick_device(args.device), _console(args.json), args.json))
 
 
 def _resume(args: argparse.Namespace) -> int:
     from textdiffusion.model import pick_device
     from textdiffusion.run import Run, newest_run
+    from textdiffusion.terminal import follow
 
     # A resumed run is what its config.json says: a flag that would change it is refused, not ignored.
-    kept = ("--resume", "--out", "--device", "--json")
-    if other := [flag for flag in args.given if not flag.startswith(kept)]:
-        raise UserError(f"--resume goes on with a run as it was begun; leave out {other[0]}, or start a new run")
+    _only(args, ("--resume", "--out", "--device", "--json"), "--resume goes on with a run as it was begun")
     path = args.out or newest_run()
     config = Run.open(path).config
-    return _report(args, _follow(config, path, True, pick_device(args.device), _console(args.json), args.json))
+    return _report(args, follow(config, path, True, pick_device(args.device), _console(args.json), args.json))
 
 
 def _report(args: argparse.Namespace, stopped: Stopped) -> int:
@@ -292,6 +250,8 @@ def _sample(args: argparse.Namespace) -> int:
     model = load(args.run, args.device, args.precision)
     if args.proofread is not None:
         return _proofread(args, model)
+    if "--strength" in args.given:
+        raise UserError("--strength belongs to --proofread; give both, or neither")
     how = {
         "sampler": args.sampler, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
         "prompt": args.prompt, "infill": args.infill, "stop": args.stop,
@@ -304,16 +264,18 @@ def _sample(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"samples": [{"text": t, "calls": c} for t, c in zip(texts, calls)], "calls": max(calls),
                           "seed": args.seed, "sampler": sampler}, ensure_ascii=False))  # fmt: skip
-        return 0
-    for number, text in enumerate(texts, 1):
-        print(text if len(texts) == 1 else f"--- {number}\n{text}")
+    else:
+        for number, text in enumerate(texts, 1):
+            print(text if len(texts) == 1 else f"--- {number}\n{text}")
     return 0
 
 
 def _proofread(args: argparse.Namespace, model: Model) -> int:
     from textdiffusion.terminal import changes
 
-    mended = model.proofread(args.proofread, args.strength, args.calls or 8)
+    kept = ("--proofread", "--strength", "--calls", "--json", "--device", "--precision")
+    _only(args, kept, "--proofread mends the text that it is given")
+    mended = model.proofread(args.proofread, args.strength, 8 if args.calls is None else args.calls)
     found = changes(args.proofread, mended)
     if args.json:
         print(json.dumps({"samples": [{"text": mended}], "changes": found}, ensure_ascii=False))

@@ -66,7 +66,9 @@ def estimate(config: RunConfig, device: str) -> dict[str, Any]:
         network.compute_dtype = torch.bfloat16
     window, batch = int(config.network["window"]), training.batch
     if training.micro_batch is None:
-        size = min(batch, micro_batch_for(window, config.vocabulary, network.config.width, device))
+        size = min(
+            batch, micro_batch_for(window * network.symbols_a_token, config.vocabulary, network.config.width, device)
+        )
         training = replace(training, micro_batch=size)
     learner = Learner(network, training)
     x_0 = torch.randint(0, config.vocabulary, (batch, window), device=device)
@@ -76,6 +78,9 @@ def estimate(config: RunConfig, device: str) -> dict[str, Any]:
         learner.learn(process, x_0, Noise(0, np.arange(batch), batch, step, device))
         seconds.append(time.perf_counter() - begin)
     parameters = count_parameters(network)
+    # Rows of an embedding are looked up; block diffusion reads each text twice, once without noise.
+    multiplied = parameters - sum(m.weight.numel() for m in network.modules() if isinstance(m, torch.nn.Embedding))
+    read = batch * window * network.symbols_a_token
     a_step = min(seconds)
     steps = training.steps or max(1, round(60 * (training.minutes or 0.0) / a_step))
     # Weights, gradients, averaged weights, and one (Muon) or two (AdamW) moments, in float32; activations come on top.
@@ -87,7 +92,7 @@ def estimate(config: RunConfig, device: str) -> dict[str, Any]:
         "precision": precision,
         "tokens_a_step": batch * window,
         "tokens_a_pass": min(training.micro_batch or batch, batch) * window,
-        "gigaflops_a_step": round(6 * parameters * batch * window / 1e9, 1),
+        "gigaflops_a_step": round(6 * multiplied * read / 1e9, 1),
         "megabytes_of_state": round(5 * 4 * parameters / 1e6, 1),
         "seconds_a_step": round(a_step, 4),
         "steps": steps,

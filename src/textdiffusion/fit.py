@@ -145,15 +145,14 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
     if config.training.precision == "auto":
         fastest = fastest_precision(torch.device(device))
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=fastest))
-    if config.training.micro_batch is None:
-        size = min(
-            config.training.batch, micro_batch_for(window, config.vocabulary, int(config.network["width"]), device)
-        )
-        config = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch=size))
     process = build(config)
     network = process.network
     assert isinstance(network, Transformer)
     network.to(device)
+    if config.training.micro_batch is None:
+        symbols = window * network.symbols_a_token
+        size = min(config.training.batch, micro_batch_for(symbols, config.vocabulary, network.config.width, device))
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch=size))
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     learner = Learner(network, config.training)
     if config.training.compile:

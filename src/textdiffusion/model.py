@@ -219,8 +219,13 @@ class Model:
                 f"the noise of this {self.config.family} run only hides tokens, so it cannot tell wrong ones; train "
                 "one with --family uniform"
             )
+        if not 1 <= calls <= LONGEST:
+            raise UserError(f"--calls must be from 1 to {LONGEST:,}, not {calls}")
         x = encode(text, self.tokenizer)
-        self._check_length(len(x))
+        if not 1 <= len(x) <= self.window:
+            raise UserError(
+                f"this run mends texts of 1 to {self.window} tokens, not {len(x)}; hand it one piece after another"
+            )
         state = State(x.to(self.device).unsqueeze(0), torch.tensor([t], dtype=torch.float64, device=self.device))
         for _ in range(calls):
             mended = self.writer.predict(state).log_p.argmax(-1)

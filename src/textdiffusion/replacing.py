@@ -227,13 +227,16 @@ class Replacing(Process):
         return [1 - k / calls for k in range(calls)] + [0.0]
 
     def time_of(self, changed: float) -> float | None:
-        tokens = float(self.base[: self.vocabulary].sum())
-        most = tokens * (1 - 1 / self.vocabulary)
-        if most <= 0:
+        # Of the positions that hold a token, not [MASK], (1 - a) share other / (a + (1 - a) share) hold another one.
+        share, other = float(self.base[: self.vocabulary].sum()), 1 - 1 / self.vocabulary
+        if share * other <= 0:
             return None
+        left = float(self.schedule.alpha(torch.tensor(1.0, dtype=torch.float64)))
+        most = (1 - left) * share * other / (left + (1 - left) * share)
         if not 0 < changed < most:
             raise UserError(f"--strength must be above 0 and below {most:.2f} for this run, not {changed:g}")
-        return float(self.schedule.inverse(torch.tensor(changed / most, dtype=torch.float64)))
+        alpha = share * (other - changed) / (changed * (1 - share) + share * other)
+        return float(self.schedule.inverse(torch.tensor(1 - alpha, dtype=torch.float64)))
 
     def template(self, tokens: Tensor, given: Tensor, noise: Noise) -> State:
         prior = self.prior_sample(len(tokens), tokens.shape[1], noise)

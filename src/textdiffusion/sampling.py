@@ -154,8 +154,9 @@ def sample(
         if until is not None:
             ended = _cut(written, fixed, until)
             confidence.masked_fill_(written < 0, 0.0)
-            keep = (~ended[active]).nonzero().squeeze(-1)
-            state, active = state.select(keep), active[keep]
+            if bool(ended[active].any()):
+                keep = (~ended[active]).nonzero().squeeze(-1)
+                state, active = state.select(keep), active[keep]
         yield Frame(k, longest - 1, float(times[:, k].max()), written.clone(), confidence.clone(), made.clone())
         if not len(active):
             return  # all texts have ended early

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from difflib import SequenceMatcher
+from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from textdiffusion.fit import Event, Started, Stepped, Stopped, Validated
+from textdiffusion.fit import Event, Started, Stepped, Stopped, Validated, fit
+from textdiffusion.run import RunConfig
 from textdiffusion.watching import one_line
 
 PLAIN_EVERY = 10.0  # seconds between two progress lines over a pipe
@@ -83,6 +85,18 @@ class TrainingView:
         elif now - self.last >= PLAIN_EVERY:
             self.last = now
             self._say(line)
+
+
+def follow(config: RunConfig, path: Path, resume: bool, device: str, console: Console, quiet: bool = False) -> Stopped:
+    """Train, or go on with, a run, and show it."""
+    last = None
+    with TrainingView(console, quiet) as view:
+        for event in fit(config, path, resume=resume, device=device):
+            view.show(event)
+            if isinstance(event, Stopped):
+                last = event
+    assert last is not None
+    return last
 
 
 def changes(before: str, after: str) -> list[tuple[str, str]]:

@@ -38,7 +38,8 @@ class TextFrame:
     def pieces(self) -> list[list[str]]:
         """For each text, the string of each token, BLANK where nothing is written."""
         names = self.tokenizer.pieces()
-        return [[BLANK if t < 0 else names[t] for t in row] for row in self.frame.tokens.tolist()]
+        rows = map(self._to_its_end, self.frame.tokens.tolist())
+        return [[BLANK if t < 0 else names[t] for t in row] for row in rows]
 
     @property
     def texts(self) -> list[str]:
@@ -101,13 +102,20 @@ def watch(frames: Iterable[TextFrame], console: Console | None = None, seconds: 
                 live.update(_panel(frame), refresh=True)
                 time.sleep(seconds / max(frame.frame.of, 1))
     else:
+        shown = None
         for frame in frames:
             last = frame
-            step, of = frame.frame.step, frame.frame.of
-            if step == of or step % max(1, of // 8) == 0:
-                for text in frame.texts:
-                    print(f"{step:>4}/{of} t={frame.frame.t:.2f}  {one_line(text)}", flush=True)
+            if frame.frame.step % max(1, frame.frame.of // 8) == 0:
+                shown = _print_lines(frame)
+        if last is not None and shown is not last:
+            _print_lines(last)
     return last.texts if last else []
+
+
+def _print_lines(frame: TextFrame) -> TextFrame:
+    for text in frame.texts:
+        print(f"{frame.frame.step:>4}/{frame.frame.of} t={frame.frame.t:.2f}  {one_line(text)}", flush=True)
+    return frame
 
 
 def _panel(frame: TextFrame) -> Panel:

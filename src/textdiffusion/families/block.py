@@ -47,7 +47,9 @@ class BlockConfig:
 
     block_length: int = 8  # tokens; 1 is left to right, the whole window masked diffusion
     mask_rate: Literal["uniform", "bell"] = "bell"  # in training, as in the masked family
-    weight: Literal["bound", "flat"] = "flat"  # flat: every hidden token counts the same; bound: as in the bound
+    weight: Literal["bound", "flat"] = (
+        "flat"  # flat: every hidden token of a whole block counts the same; bound: as in the bound
+    )
 
     def __post_init__(self) -> None:
         if not 1 <= self.block_length <= 10**6:
@@ -136,10 +138,10 @@ class BlockDiffusion(Hiding):
 
     def _read_on(self, state: State, positions: Tensor, condition: Tensor | None) -> tuple[Tensor, _Written]:
         """Outputs [N V] at positions of each row's current block, reading what the cache does not hold yet."""
-        x, size, window = state.x, self.size, self.network.config.window  # type: ignore[attr-defined]
+        x, size = state.x, self.size
         current = self._first(x)
         memory = state.memory or _Written(self.network.empty_cache(len(x)), torch.zeros_like(current))  # type: ignore[attr-defined]
-        done, at_once = memory.blocks, max(1, window // size)
+        done, at_once = memory.blocks, self.network.blocks_at_once  # type: ignore[attr-defined]
         while True:
             count = min(int((current - done).max()) + 1, at_once)
             last = torch.minimum(done + count - 1, current)

@@ -84,15 +84,14 @@ class Convolution(nn.Module):
     def step(self, x: Tensor, at: Tensor, seen: Tensor, places: Tensor) -> Tensor:
         """The same for positions ``at`` [B n] of a text whose inputs are in ``seen`` [B W D], written in place;
         ``places`` [B W] says which position each slot holds."""
+        assert self.block is not None  # a centred one has no cache: all that is written may change
         slots = seen.shape[1]
         seen.scatter_(1, (at % slots).unsqueeze(-1).expand_as(x), x)
         weight, y = self.weight.to(x.dtype), torch.zeros_like(x)
-        end = (at // self.block + 1) * self.block if self.block is not None else None
+        end = (at // self.block + 1) * self.block
         for tap in range(len(weight)):
             source = at - self.left + tap
             slot = source % slots
-            there = places.gather(1, slot) == source
-            if end is not None:
-                there = there & (source < end)
+            there = (places.gather(1, slot) == source) & (source < end)
             y = y + seen.gather(1, slot.unsqueeze(-1).expand_as(x)) * there.unsqueeze(-1).to(x.dtype) * weight[tap]
         return y

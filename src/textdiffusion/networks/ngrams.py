@@ -43,7 +43,7 @@ class Ngrams(nn.Module):
         """Where in the table the n-grams are found, [B L K]."""
         symbols = torch.cat((x.unsqueeze(-1), before), -1)[..., : self.longest] + 2
         mixed = (symbols * symbols.new_tensor(_FACTORS[: self.longest])).cumsum(-1)[..., 1:]
-        # The high bits of a product depend on all bits of what was multiplied.
+        # The high bits of a product depend on most bits of what was multiplied.
         row = ((mixed & 0xFFFFFFFF) * _FACTORS[0] >> 17) % ROWS
         return row + ROWS * torch.arange(self.longest - 1, device=x.device)
 

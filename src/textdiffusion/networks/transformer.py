@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from textdiffusion.errors import UserError
+from textdiffusion.networks.attention import View, attend, attend_halves, rotate
 from textdiffusion.networks.convolution import Convolution
 from textdiffusion.networks.ngrams import Ngrams
 
@@ -117,67 +118,6 @@ class Cache:
         slots = at % self.places.shape[1]
         self.places.scatter_(1, slots, at)
         self.symbols.scatter_(1, slots, x)
-
-
-@dataclass(frozen=True)
-class View:
-    """Who sees whom in a pass of the network.
-
-    at: positions, int64 [n] or [B n]. bias: 0 or -inf, [n m] or [B 1 n m], or None where all see all; with ``halves``
-    [2n n], what both halves see of the clean one. own: with ``halves``, what a noisy position sees of its own block,
-    [n block].
-    """
-
-    at: Tensor
-    bias: Tensor | None
-    halves: bool = False
-    own: Tensor | None = None
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Softmax attention; q [B H n d], k and v [B H m d], bias [n m] or [B 1 n m] added to the logits.
-
-    In bfloat16 on a CPU the fused kernel is slower than three plain operations (benchmarks/kernels.py).
-    """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        if bias is not None:
-            logits = logits + bias.to(logits.dtype)
-        return logits.softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
-
-
-def attend_halves(q: Tensor, k: Tensor, v: Tensor, view: View, block: int) -> Tensor:
-    """Attention over a noisy text and the clean one behind it, [B H 2n d]: of the noisy half a position sees its own
-    block and no more, so the logits are [2n n] and [n block], not [2n 2n]."""
-    assert view.bias is not None and view.own is not None
-    n = k.shape[2] // 2
-    q = q * q.shape[-1] ** -0.5
-
-    def blocks(x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0, 0, -n % block)).unflatten(2, (-1, block))
-
-    def text(x: Tensor) -> Tensor:
-        return x.flatten(2, 3)[:, :, :n]
-
-    to_clean = q @ k[:, :, n:].transpose(-1, -2) + view.bias.to(q.dtype)
-    to_own = text(blocks(q[:, :, :n]) @ blocks(k[:, :, :n]).transpose(-1, -2)) + view.own.to(q.dtype)
-    noisy = torch.cat((to_clean[:, :, :n], to_own), -1).softmax(-1)
-    seen = torch.cat((noisy[..., :n], to_clean[:, :, n:].softmax(-1)), 2) @ v[:, :, n:]
-    own = text(blocks(noisy[..., n:]) @ blocks(v[:, :, :n]))
-    return torch.cat((seen[:, :, :n] + own, seen[:, :, n:]), 2)
-
-
-def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary position code (2104.09864) on x [B H n d] at integer positions [n] or [B n]."""
-    half = x.shape[-1] // 2
-    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = positions.unsqueeze(-1).float() * frequency
-    if positions.dim() == 2:
-        angle = angle.unsqueeze(1)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 class Block(nn.Module):
@@ -303,6 +243,23 @@ class Transformer(nn.Module):
         self.compute_dtype = dtype
         return self.to(dtype)
 
+    @property
+    def symbols_a_token(self) -> int:
+        """Symbols read in training for each token of a text."""
+        return 2 if self.config.attention == "block" else 1
+
+    @property
+    def span(self) -> int:
+        """How far before its own block a position sees with attention = "block": as far as in a window of training, so
+        that what lies behind it can be forgotten."""
+        size = self.config.block_length
+        return (-(-self.config.window // size) - 1) * size
+
+    @property
+    def blocks_at_once(self) -> int:
+        """Blocks that can be read into a cache in one pass: the one just written and the next, or a window's."""
+        return max(2, self.config.window // self.config.block_length)
+
     def empty_cache(self, rows: int) -> Cache:
         """A cache for ``rows`` texts: of up to ``window`` tokens, or by blocks of any length."""
         c = self.config
@@ -310,8 +267,10 @@ class Transformer(nn.Module):
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=self.compute_dtype, device=self.head.weight.device)
 
-        # By blocks, up to a window is read at once, and a window before it seen.
-        slots = 2 * c.window if c.attention == "block" else c.window
+        slots = c.window
+        if c.attention == "block":
+            # What is read at once, and what is seen before it, by attention, convolutions or n-grams.
+            slots = self.blocks_at_once * c.block_length + max(self.span, c.convolution, c.ngrams)
         heads = (rows, c.heads, slots, c.width // c.heads)
         layers, shifted = range(c.depth), range(2 * c.depth if c.convolution else 0)
         return Cache(
@@ -386,8 +345,7 @@ class Transformer(nn.Module):
         block, other = at.unsqueeze(-1) // size, seen.unsqueeze(-2)
         hidden = (other // size > block) | (other < 0)
         if config.attention == "block":
-            # No further back than in a window of training: what lies behind it can be forgotten.
-            hidden = hidden | (other < block * size - (config.window - size))
+            hidden = hidden | (other < block * size - self.span)
 
         def bias(hidden: Tensor) -> Tensor:
             return torch.zeros(hidden.shape, device=at.device).masked_fill(hidden, -torch.inf)

@@ -79,7 +79,8 @@ class _Counted(Step):
         """How many positions of each row to reveal, [B]."""
         hidden = (state.x == self.mask).sum(-1)
         free = hidden.new_full(hidden.shape, state.x.shape[1]) if state.given is None else (~state.given).sum(-1)
-        return (hidden - hidden_targets(free, s, self.schedule)).clamp(min=0)
+        wanted = (hidden - hidden_targets(free, s, self.schedule)).clamp(min=0)
+        return torch.minimum(wanted, self.open(state).sum(-1))
 
 
 class RandomOrder(_Counted):

@@ -14,9 +14,9 @@ from torch import Tensor
 from textdiffusion.errors import UserError
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
 from textdiffusion.noise import Noise
-from textdiffusion.process import Discrete, HasCurve, HasKernel, HasSignal, Network, Step
+from textdiffusion.process import Discrete, HasCurve, HasKernel, HasPatterns, HasSignal, Network, Step
 from textdiffusion.sampling import sample
-from textdiffusion.verification.enumeration import integrated_bound, misfit, prior_term
+from textdiffusion.verification.enumeration import integrated_bound, misfit, pattern_bound, prior_term
 from textdiffusion.verification.subject import DEVIATIONS, DRAWS, IMPROBABLE, ROUNDING, Check, L, Subject, V, most
 from textdiffusion.worlds import Table, constant, random_table
 
@@ -225,6 +225,22 @@ def real_network(subject: Subject) -> Iterator[Check]:
             misfit(drawn, law / law.sum(), DRAWS),
             IMPROBABLE,
             "sampling reads other than scoring does: a cache, or the places of what is read",
+        )
+    if isinstance(subject.silent(V), HasPatterns):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(1)
+            for p in network.parameters():
+                p.normal_(std=0.5)
+            draws = torch.stack(
+                [process.nll(every, Noise.of(0, len(every), step=k)).total.double() for k in range(200)]
+            )
+            bound = pattern_bound(process, every, None)
+        error = (draws.std(0) / len(draws) ** 0.5).clamp(min=1e-5)
+        yield Check(
+            "a real network's bound is that of its predictions",
+            most(((draws.mean(0) - bound).abs() / error).max()),
+            DEVIATIONS,
+            "it reads what it has to predict: the clean text beside the noisy one",
         )
     for sampler in process.steps:
         *_, free = sample(process, Noise.of(0, 8), 4, 3, sampler=sampler)

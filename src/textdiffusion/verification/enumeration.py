@@ -140,8 +140,13 @@ def calls_of_bound(process: Any, length: int, calls: int, sampler: str) -> int |
     """Of how many network calls the bound for ``calls`` says that it is; None if it does not say."""
     if isinstance(process, HasCurve):
         return process.curve_weights(length, calls, sampler)[1]
-    if process.nll(torch.zeros(1, length, dtype=torch.long), Noise.of(0, 1)).kind == "exact":
-        return process.nll(torch.zeros(1, length, dtype=torch.long), Noise.of(0, 1)).calls
+    text, noise = torch.zeros(1, length, dtype=torch.long), Noise.of(0, 1)
+    try:
+        said = process.nll(text, noise, calls)
+    except UserError:  # a likelihood of one number of calls only
+        said = process.nll(text, noise)
+    if said.kind == "exact" or (said.sampler == sampler and said.calls is not None):
+        return said.calls
     return len(process.plan(torch.ones(length, dtype=torch.bool), calls, sampler)) - 1
 
 
@@ -201,7 +206,7 @@ def reversed_chain_error(process: Any, world: Table, sampler: str) -> float:
 class _Ways:
     """Ways that a run can have gone: where each stands [n L], its probability [n], and what the family remembers of it.
 
-    For a family that remembers nothing, ways to the same symbols are one.
+    Where nothing is remembered, ways to the same symbols are one.
     """
 
     x: Tensor
@@ -234,7 +239,7 @@ def enumerated_law(
         symbols = torch.cartesian_prod(*[prior.nonzero().squeeze(-1)] * int(free.sum())).view(-1, int(free.sum()))
         x, chance = first.x.repeat(len(symbols), 1), prior[symbols].prod(-1)
         x[:, free] = symbols
-    ways = _Ways(x, chance, [None] * len(x) if process.remembers else None)
+    ways = _Ways(x, chance, None)
     times, now = process.plan(free, calls, sampler), first.t
     for time in times[1:]:
         s = torch.tensor([time], dtype=torch.float64)
@@ -269,7 +274,8 @@ def _after(process: Process, step: Step, ways: _Ways, t: Tensor, s: Tensor, give
         after.append(None if ways.memory is None else ways.memory[start[i]])
     # Without a memory one network call serves all; with one, each way is a call of its own.
     index = moving.nonzero().squeeze(-1)
-    for part in ([index] if ways.memory is None else index.unsqueeze(-1)) if len(index) else []:
+    apart = ways.memory is not None or (process.remembers and carries(process, here[:1], t, given))
+    for part in (index.unsqueeze(-1) if apart else [index]) if len(index) else []:
         remembered = None if ways.memory is None else ways.memory[start[int(part[0])]]
         state = State(
             here[part], t.expand(len(part)), None if given is None else given.expand(len(part), -1), remembered
@@ -282,7 +288,15 @@ def _after(process: Process, step: Step, ways: _Ways, t: Tensor, s: Tensor, give
             stands.append(y)
             chance.append(share[i] * q)
             after += [prediction.memory] * len(y)
-    return _Ways(torch.cat(stands), torch.cat(chance), after if process.remembers else None)
+    return _Ways(torch.cat(stands), torch.cat(chance), after if apart else None)
+
+
+def carries(process: Process, x: Tensor, t: Tensor, given: Tensor | None = None) -> bool:
+    """Whether something is remembered of a call for x [1 L]: a network without a cache leaves some families nothing
+    to remember."""
+    if not process.remembers:
+        return False
+    return process.predict(State(x, t, given), torch.ones_like(x, dtype=torch.bool)).memory is not None
 
 
 def _outcomes(x: Tensor, positions: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
