@@ -118,6 +118,12 @@ def test_proofread(runs):
     assert said == "changed: " + (", ".join(f"{old!r} to {new!r}" for old, new in body["changes"]) or "nothing")
 
 
+def test_eval_of_long_samples(runs):
+    body = json.loads(ok("eval", runs / "block", "--eval-tokens", 500, "--samples", 2, "--length", 60, "--top-p", 0.9,
+                         "--json"))  # fmt: skip
+    assert body["samples"]["calls"] == 60 and body["samples"]["seconds"] > 0
+
+
 def test_eval(runs):
     body = json.loads(ok("eval", runs / "masked", "--calls", "1,4,24", "--eval-tokens", 2000, "--samples", 4, "--json"))
     assert body["kind"] == "upper" and body["bits_per_char"] > 0 and body["standard_error"] > 0

@@ -109,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--samples", type=int, default=64, metavar="N", help="texts written for the statistics (default: 64)"
     )
+    p.add_argument("--length", type=int, help="their tokens (default: the training window)")
+    p.add_argument("--temperature", type=float, default=1.0, help="of the samples")
+    p.add_argument("--top-p", type=float, help="of the samples")
     p.add_argument("--seed", type=int, default=0)
 
     p = verb("verify", _verify, "prove the mathematics of a family on worlds small enough to enumerate")
@@ -302,7 +305,8 @@ def _eval(args: argparse.Namespace) -> int:
     model: Model = load(args.run, args.device)
     result = report(
         model, data=args.data, split=args.split, calls=calls, sampler=args.sampler, tokens=args.eval_tokens,
-        draws=args.draws, samples=args.samples, seed=args.seed,
+        draws=args.draws, samples=args.samples, seed=args.seed, length=args.length, temperature=args.temperature,
+        top_p=args.top_p,
     )  # fmt: skip
     if args.json:
         print(json.dumps(result.as_dict()))

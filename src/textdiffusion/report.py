@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -25,10 +26,13 @@ class RunReport:
     pieces: bool  # tokens are of several characters: the likelihood is of the text cut into them in the usual way
     samples: TextStatistics | None
     calls: int  # network calls a sample
+    seconds: float  # that writing all samples took
 
     def as_dict(self) -> dict[str, Any]:
         body = {"run": self.run, "text": self.text} | self.likelihood.as_dict() | {"unseen": self.unseen}
-        return body | {"samples": None if self.samples is None else asdict(self.samples) | {"calls": self.calls}}
+        if self.samples is None:
+            return body | {"samples": None}
+        return body | {"samples": asdict(self.samples) | {"calls": self.calls, "seconds": round(self.seconds, 2)}}
 
     def lines(self) -> list[str]:
         """For people."""
@@ -53,7 +57,7 @@ class RunReport:
         s = self.samples
         if s is not None:
             out += [
-                f"samples         {s.words:,} words, {self.calls} calls a text",
+                f"samples         {s.words:,} words, {self.calls} calls a text; written in {self.seconds:.1f} s",
                 f"  {s.valid_words:.1%} of the words occur in the training text",
                 f"  entropy {s.entropy:.2f} bits a word; distinct "
                 + ", ".join(f"{n}-grams {v:.2f}" for n, v in s.distinct.items())
@@ -75,6 +79,7 @@ def report(
     draws: int,
     samples: int,
     seed: int,
+    **how: Any,
 ) -> RunReport:
     """Evaluate a model.
 
@@ -83,6 +88,7 @@ def report(
         split: "validation" or "test".
         calls: budgets to measure the bound for, of ``sampler``. tokens: about how many to read, None for all.
         draws: noisy copies of a window. samples: texts to write for the statistics, 0 for none.
+        how: they are written, as in ``Model.stream``: length, temperature, top_p.
     Raises:
         UserError: unusable text, or not the text that the run was trained on.
     """
@@ -105,13 +111,14 @@ def report(
     unseen = 0 if unknown is None else int(sum((w == unknown).sum() for w in windows))
     if lossy(model.tokenizer, corpus):
         likelihood = without_kind(likelihood)
-    statistics, made = None, 0
+    statistics, made, spent, begin = None, 0, 0.0, time.perf_counter()
     if samples and own is not None:
-        texts, counted = model.sample_counted(samples, seed=seed)
+        texts, counted = model.sample_counted(samples, seed=seed, **how)
         made = max(counted)
+        spent = time.perf_counter() - begin
         statistics = text_statistics(texts, word_set(own), own.train)
     pieces = model.tokenizer.kind not in ("char", "byte")
-    return RunReport(model.config.family, name, likelihood, unseen, pieces, statistics, made)
+    return RunReport(model.config.family, name, likelihood, unseen, pieces, statistics, made, spent)
 
 
 def lossy(tokenizer: Tokenizer, corpus: Corpus) -> bool:
