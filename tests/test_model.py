@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -256,6 +258,28 @@ def test_a_text_is_shown_to_its_end_once_it_has_ended(masked, capsys):
     # Over a pipe the last frame is printed, wherever it stops.
     assert watch(iter([stopping]))[0] == "ab"
     assert capsys.readouterr().out.splitlines()[0].endswith("  ab")
+
+
+def test_a_notebook_shows_one_panel_that_changes(masked, monkeypatch):
+    """Needs no widgets: one display, updated in place, and nothing beside it."""
+    shown = []
+
+    class Handle:
+        def update(self, page):
+            shown.append(page)
+
+    def display(page, display_id=None):
+        assert display_id and not shown
+        shown.append(page)
+        return Handle()
+
+    stand_in = types.ModuleType("IPython.display")
+    stand_in.HTML, stand_in.display = str, display
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", stand_in)
+    texts = watch(masked.stream(1, infill="a ____ b", calls=3), Console(force_jupyter=True), seconds=0)
+    assert len(shown) == 4 and "noise 1.00" in shown[0] and "░" in shown[0] and "noise 0.00" in shown[-1]
+    assert texts == masked.infill("a ____ b", calls=3)
 
 
 def test_the_training_view_in_a_terminal():

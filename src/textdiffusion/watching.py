@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -95,7 +96,19 @@ def watch(frames: Iterable[TextFrame], console: Console | None = None, seconds: 
     """
     console = console or Console()
     last: TextFrame | None = None
-    if console.is_terminal or console.is_jupyter:
+    if console.is_jupyter:
+        # rich's own live view of a notebook needs widgets, and shows nothing where there are none.
+        from IPython.display import HTML, display
+
+        shown_at = None
+        for frame in frames:
+            last = frame
+            if shown_at is None:
+                shown_at = display(HTML(_html(frame)), display_id=True)
+            else:
+                shown_at.update(HTML(_html(frame)))
+            time.sleep(seconds / max(frame.frame.of, 1))
+    elif console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
             for frame in frames:
                 last = frame
@@ -110,6 +123,15 @@ def watch(frames: Iterable[TextFrame], console: Console | None = None, seconds: 
         if last is not None and shown is not last:
             _print_lines(last)
     return last.texts if last else []
+
+
+def _html(frame: TextFrame) -> str:
+    """The panel for a notebook."""
+    page = Console(record=True, file=io.StringIO(), width=100, force_terminal=True, force_jupyter=False,
+                   color_system="truecolor")  # fmt: skip
+    page.print(_panel(frame))
+    style = "background:#1e1e1e; color:#cccccc; padding:0.5em; font-family:monospace; line-height:1.2"
+    return page.export_html(inline_styles=True, code_format=f'<pre style="{style}">{{code}}</pre>')
 
 
 def _print_lines(frame: TextFrame) -> TextFrame:
