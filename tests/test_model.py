@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from textdiffusion.terminal import TrainingView, clock
 from textdiffusion.watching import BLANK, TextFrame, painted, watch
 from textdiffusion.worlds import copy
 
+ROOT = Path(__file__).parents[1]
 SETTINGS = ["training.batch=8", "network.width=32", "network.heads=2"]
 
 
@@ -67,6 +70,15 @@ def test_proofreading_mends_what_the_rest_of_the_text_contradicts(folder):
     assert ideal.proofread("eeee", strength=0.2) == "eeee"
     with pytest.raises(td.UserError, match="--strength"):
         ideal.proofread("aaaa", strength=0.0)
+    # What the example counts, against this oracle: a single slip among four is mended, others are a matter of chance.
+    spec = importlib.util.spec_from_file_location("proofreading", ROOT / "examples" / "proofreading.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    untouched = example.measure(ideal, 1e-9)
+    assert untouched["wrong before"] == 0 and untouched["restored"] == 0
+    figures = example.measure(ideal, 0.3)
+    before, after = figures["wrong before"], figures["wrong after"]
+    assert after == pytest.approx(before * (1 - figures["restored"]) + (1 - before) * figures["broken"])
     # The share of wrong ones among the tokens, whatever share of the noise is [MASK].
     for share in (0.0, 0.5):
         process = Uniform(None, UniformConfig(mask_share=share), size)

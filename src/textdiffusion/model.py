@@ -199,7 +199,6 @@ class Model:
         """Fill the gaps of a template, n times; each underscore is one free token, and \\_ a literal one."""
         return self.sample(n, None, calls, infill=template, **how)
 
-    @torch.inference_mode()
     def proofread(self, text: str, strength: float = 0.05, calls: int = 8) -> str:
         """The text, mended where it looks wrong, without being told where.
 
@@ -213,6 +212,12 @@ class Model:
         Raises:
             UserError: a family whose noise only hides tokens, an impossible strength, or a text that is too long.
         """
+        ids = encode(text, self.tokenizer).numpy()
+        return self.tokenizer.decode(self.proofread_tokens(ids, strength, calls).tolist())
+
+    @torch.inference_mode()
+    def proofread_tokens(self, ids: np.ndarray, strength: float = 0.05, calls: int = 8) -> np.ndarray:
+        """The same for tokens, int64 [L]."""
         t = self.process.time_of(strength)
         if t is None:
             raise UserError(
@@ -221,18 +226,18 @@ class Model:
             )
         if not 1 <= calls <= LONGEST:
             raise UserError(f"--calls must be from 1 to {LONGEST:,}, not {calls}")
-        x = encode(text, self.tokenizer)
-        if not 1 <= len(x) <= self.window:
+        if not 1 <= len(ids) <= self.window:
             raise UserError(
-                f"this run mends texts of 1 to {self.window} tokens, not {len(x)}; hand it one piece after another"
+                f"this run mends texts of 1 to {self.window} tokens, not {len(ids)}; hand it one piece after another"
             )
-        state = State(x.to(self.device).unsqueeze(0), torch.tensor([t], dtype=torch.float64, device=self.device))
+        x = torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(self.device)
+        state = State(x.unsqueeze(0), torch.tensor([t], dtype=torch.float64, device=self.device))
         for _ in range(calls):
             mended = self.writer.predict(state).log_p.argmax(-1)
             if torch.equal(mended, state.x):
                 break
             state = replace(state, x=mended)
-        return self.tokenizer.decode(state.x[0].tolist())
+        return state.x[0].cpu().numpy()
 
     def watch(self, n: int = 1, length: int | None = None, calls: int | None = None, **how: Any) -> list[str]:
         """Show the denoising live, in a terminal or a notebook, or as plain lines over a pipe; returns the texts."""
