@@ -378,17 +378,21 @@ def test_the_demo(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_wheel_installs_and_runs_the_demo_elsewhere(tmp_path):
     """Built, installed without this checkout in a clean environment, and run from another folder."""
+    import os
     import subprocess
-    import sys
-    from pathlib import Path
 
-    root = Path(__file__).parents[1]
-    run = lambda *a, **k: subprocess.run([*map(str, a)], check=True, capture_output=True, text=True, **k)  # noqa: E731
-    run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", root)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*arguments, cwd=None):
+        return subprocess.run(
+            [*map(str, arguments)], check=True, capture_output=True, text=True, cwd=cwd, env=clean
+        )  # fmt: skip
+
+    run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", ROOT)
     run(sys.executable, "-m", "venv", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    run(python, "-m", "pip", "install", "--quiet", "-c", root / "constraints.txt", wheel)
+    run(python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel)
     out = run(tmp_path / "venv" / "bin" / "textdiffusion", "demo", "--minutes", "0.1", cwd=tmp_path).stdout
     assert "runs/demo" in out
     where = run(python, "-c", "import textdiffusion; print(textdiffusion.__file__)", cwd=tmp_path).stdout
