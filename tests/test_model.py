@@ -17,6 +17,7 @@ from rich.console import Console
 import textdiffusion as td
 from textdiffusion.families.uniform import Uniform, UniformConfig
 from textdiffusion.fit import Started, Stepped, Stopped, Validated
+from textdiffusion.report import report
 from textdiffusion.sampling import Frame, sample
 from textdiffusion.terminal import TrainingView, clock
 from textdiffusion.watching import BLANK, TextFrame, painted, watch
@@ -24,6 +25,14 @@ from textdiffusion.worlds import copy
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ["training.batch=8", "network.width=32", "network.heads=2"]
+
+
+def example_of(name):
+    """A file of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +80,7 @@ def test_proofreading_mends_what_the_rest_of_the_text_contradicts(folder):
     with pytest.raises(td.UserError, match="--strength"):
         ideal.proofread("aaaa", strength=0.0)
     # What the example counts, against this oracle: a single slip among four is mended, others are a matter of chance.
-    spec = importlib.util.spec_from_file_location("proofreading", ROOT / "examples" / "proofreading.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = example_of("proofreading")
     untouched = example.measure(ideal, 1e-9)
     assert untouched["wrong before"] == 0 and untouched["restored"] == 0
     figures = example.measure(ideal, 0.3)
@@ -85,6 +92,15 @@ def test_proofreading_mends_what_the_rest_of_the_text_contradicts(folder):
         kernel = process.kernel(0.0, process.time_of(0.3))[0, :size]
         assert 1 - kernel[0] / kernel.sum() == pytest.approx(0.3)
     assert Uniform(None, UniformConfig(mask_share=1.0), size).time_of(0.3) is None
+
+
+def test_the_rate_penalty_is_a_part_of_what_eval_says(folder):
+    """The example's bound is that of `eval`; that less the penalty is masked diffusion's: tests/test_truth.py."""
+    how = {"data": None, "split": "validation", "calls": [], "sampler": None, "tokens": None, "draws": 1, "samples": 0}
+    model = td.train(folder / "ratios", family="score_entropy", depth=1, length=16, steps=30, settings=SETTINGS)
+    bound, penalty = example_of("rate_penalty").measure(model, draws=2)
+    figure = report(model, **how, seed=1).likelihood.figure
+    assert 0 < penalty < bound and abs(bound - figure.bits_per_char) < 6 * figure.standard_error
 
 
 def test_loading_leaves_the_callers_randomness_alone(folder, masked):
