@@ -39,6 +39,10 @@ def measure(model: td.Model, share: float, windows: int = 64, seed: int = 0) -> 
 
 
 if __name__ == "__main__":
-    model = td.load(sys.argv[1] if len(sys.argv) > 1 else None)
-    for share in (0.02, 0.05, 0.1, 0.2):
-        print(share, {name: f"{value:.1%}" for name, value in measure(model, share).items()}, flush=True)
+    try:
+        model = td.load(sys.argv[1] if len(sys.argv) > 1 else None)
+        for share in (0.02, 0.05, 0.1, 0.2):
+            print(share, {name: f"{value:.1%}" for name, value in measure(model, share).items()}, flush=True)
+    except td.UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

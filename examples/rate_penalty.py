@@ -43,5 +43,9 @@ def measure(model: td.Model, draws: int = 4, batch: int = 64) -> tuple[float, fl
 
 
 if __name__ == "__main__":
-    bound, penalty = measure(td.load(sys.argv[1] if len(sys.argv) > 1 else None))
+    try:
+        bound, penalty = measure(td.load(sys.argv[1] if len(sys.argv) > 1 else None))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     print(f"bound <= {bound:.3f} bits/char, of which penalty for the rate {penalty:.3f}")

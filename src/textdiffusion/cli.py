@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--calls", metavar="1,2,4,...", help="also of samplers with exactly so many network calls")
     p.add_argument("--sampler", help="whose figures --calls gives (default: the family's first)")
     p.add_argument("--eval-tokens", type=int, metavar="N", help="read about N tokens (default: all)")
-    p.add_argument("--draws", type=int, default=2, help="noisy copies of each window (default: 2)")
+    p.add_argument("--draws", type=int, help="noisy copies of each window (default: 2, and more of a short text)")
     p.add_argument(
         "--samples", type=int, default=64, metavar="N", help="texts written for the statistics (default: 64)"
     )

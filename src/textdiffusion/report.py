@@ -14,6 +14,9 @@ from textdiffusion.fit import prepare
 from textdiffusion.model import Model
 from textdiffusion.tokenizer import Tokenizer
 
+# Of a short text so many noisy copies are read that figures for different numbers of calls can be told apart.
+EXAMPLES, MOST_DRAWS = 32, 64  # examples for each number of hidden tokens; copies of a window
+
 
 @dataclass(frozen=True)
 class RunReport:
@@ -76,7 +79,7 @@ def report(
     calls: Sequence[int],
     sampler: str | None,
     tokens: int | None,
-    draws: int,
+    draws: int | None,
     samples: int,
     seed: int,
     **how: Any,
@@ -87,7 +90,8 @@ def report(
         data: another text, all of which is read; None takes the held-out part ``split`` of the run's own.
         split: "validation" or "test".
         calls: budgets to measure the bound for, of ``sampler``. tokens: about how many to read, None for all.
-        draws: noisy copies of a window. samples: texts to write for the statistics, 0 for none.
+        draws: noisy copies of a window; None: 2, and more of a short text.
+        samples: texts to write for the statistics, 0 for none.
         how: they are written, as in ``Model.stream``: length, temperature, top_p.
     Raises:
         UserError: unusable text, or not the text that the run was trained on.
@@ -103,6 +107,8 @@ def report(
         raise UserError(f"{name}: this text has no test part; text8 and enwik8 have one")
     held_out = tokenize(corpus, model.tokenizer)[split]
     windows = evaluation_windows(held_out, model.window, limit=tokens)
+    if draws is None:
+        draws = min(max(2, EXAMPLES * model.window // max(len(windows), 1)), MOST_DRAWS)
     likelihood = evaluate(
         model.process, windows, model.tokenizer.characters, model.tokenizer.spelling, calls=calls, sampler=sampler,
         draws=draws, seed=seed, device=model.device,
