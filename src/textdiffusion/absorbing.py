@@ -28,7 +28,7 @@ from torch.nn.functional import one_hot
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import Discrete, Network, Process, State
-from textdiffusion.schedules import Schedule
+from textdiffusion.schedules import Schedule, bell
 
 
 def check_training(mask_rate: str, weight: str) -> None:
@@ -38,11 +38,8 @@ def check_training(mask_rate: str, weight: str) -> None:
 
 
 def mask_rates(uniform: Tensor, law: str) -> Tensor:
-    """Mask rates for training from uniform draws: as they are, or "bell", N(1/2, 1/4) cut to (0, 1) (2605.13026)."""
-    if law == "uniform":
-        return uniform
-    low, high = (torch.special.ndtr(torch.tensor(b, dtype=torch.float64)) for b in (-2.0, 2.0))
-    return 0.5 + 0.25 * torch.special.ndtri(low + (high - low) * uniform)
+    """Mask rates for training from uniform draws: as they are, or from a bell around 1/2."""
+    return bell(uniform) if law == "bell" else uniform
 
 
 def hide_counts(length: int, hidden: Tensor, noise: Noise, tag: str = "hide") -> Tensor:

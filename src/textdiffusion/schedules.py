@@ -27,6 +27,12 @@ class Schedule:
     inverse: Callable[[Tensor], Tensor]
 
 
+def bell(uniform: Tensor) -> Tensor:
+    """Shares of noise for training from uniform draws: N(1/2, 1/4) cut to (0, 1), by its inverse CDF (2605.13026)."""
+    low, high = (torch.special.ndtr(torch.tensor(b, dtype=torch.float64)) for b in (-2.0, 2.0))
+    return 0.5 + 0.25 * torch.special.ndtri(low + (high - low) * uniform)
+
+
 def _linear() -> Schedule:
     return Schedule("linear", lambda t: 1 - t, lambda t: -torch.ones_like(t), lambda rate: rate)
 

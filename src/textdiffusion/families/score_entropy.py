@@ -29,7 +29,7 @@ from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import Context, Network, Reshape, State, as_network
 from textdiffusion.replacing import SMALLEST, Bridge, Outlook, Replacing, random_given
-from textdiffusion.schedules import SCHEDULES, geometric
+from textdiffusion.schedules import SCHEDULES, bell, geometric
 
 
 @dataclass
@@ -144,11 +144,9 @@ class ScoreEntropy(Replacing):
         its prior term."""
         t = noise.stratified("time").clamp(1e-6, 1 - 1e-6)
         if self.config.weight == "flat":
-            low, high = (torch.special.ndtr(torch.tensor(b, dtype=torch.float64)) for b in (-2.0, 2.0))
             # A bell over the share of replaced tokens, as in the masked family, whatever the schedule.
-            rate = 0.5 + 0.25 * torch.special.ndtri(low + (high - low) * t)
             whole = 1 - float(self.schedule.alpha(torch.tensor(1.0, dtype=torch.float64)))
-            t = self.schedule.inverse(rate * whole)
+            t = self.schedule.inverse(bell(t) * whole)
         state = self.q_sample(x_0, t, noise)
         given = None
         if self.config.graph == "uniform":

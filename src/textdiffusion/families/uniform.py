@@ -25,7 +25,7 @@ from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import Context, Network, State, as_network
 from textdiffusion.replacing import Bridge, Outlook, Renewing, Replacing, random_given
-from textdiffusion.schedules import SCHEDULES
+from textdiffusion.schedules import SCHEDULES, bell
 
 
 @dataclass
@@ -85,9 +85,7 @@ class Uniform(Replacing):
 
     def loss(self, x_0: Tensor, noise: Noise, condition: Tensor | None = None) -> Tensor:
         """Cross-entropy of the denoiser at all positions that are not given, over L: nats [B]; times from a bell."""
-        t = noise.stratified("time")
-        low, high = (torch.special.ndtr(torch.tensor(b, dtype=torch.float64)) for b in (-2.0, 2.0))
-        t = self.schedule.inverse(0.5 + 0.25 * torch.special.ndtri(low + (high - low) * t))
+        t = self.schedule.inverse(bell(noise.stratified("time")))
         state = self.q_sample(x_0, t, noise)
         # Replacement is for networks that have never seen a clean position among noisy ones.
         share = self.config.given if self.config.conditioning == "clean" else 0.0

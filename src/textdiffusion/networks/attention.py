@@ -64,7 +64,7 @@ def attend_halves(q: Tensor, k: Tensor, v: Tensor, view: View, block: int) -> Te
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
     """Rotary position code (2104.09864) on x [B H n d] at integer positions [n] or [B n]."""
     half = x.shape[-1] // 2
-    # In float64: at a position of a million an angle of float32 is off by a thirtieth of a turn's radian.
+    # In float64: at a position of a million an angle of float32 is off by a thirtieth of a radian.
     frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
     angle = positions.unsqueeze(-1) * frequency
     if positions.dim() == 2:

@@ -15,7 +15,7 @@ _FACTORS = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3A264
 
 
 class Ngrams(nn.Module):
-    """Sum over n = 2 .. ``longest`` of an embedding of the last n symbols (hashed: 2211.04928, section 2, and others).
+    """Sum over n = 2 .. ``longest`` of an embedding of the last n symbols (hashed, as in 2412.09871).
 
     Args:
         longest: n of the longest n-gram, at most 8.
