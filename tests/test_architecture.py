@@ -10,9 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "textdiffusion"
 FLOORS = [
-    {"errors", "noise", "schedules", "categorical", "tokenizer", "worlds"}
+    {"errors", "noise", "schedules", "gaussian", "categorical", "tokenizer", "worlds"}
     | {"networks.attention", "networks.convolution", "networks.ngrams", "networks.transformer"},
-    {"process", "absorbing", "replacing", "steps.unmasking", "steps.ordering"},
+    {"process", "conditioning", "absorbing", "replacing", "coded"}
+    | {"steps.unmasking", "steps.ordering", "steps.denoising"},
     {"families"},  # and every file in families/
     {"data", "training", "sampling", "evaluation", "template"},
     {"run", "presets", "card", "fit", "model", "report", "catalogue", "verification", "watching"},

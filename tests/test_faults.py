@@ -20,11 +20,13 @@ from textdiffusion.absorbing import carry_over
 from textdiffusion.categorical import draw
 from textdiffusion.errors import UserError
 from textdiffusion.families import load_family
+from textdiffusion.families.analog_bits import AnalogBits, AnalogBitsConfig
 from textdiffusion.families.autoregressive import Autoregressive
 from textdiffusion.families.block import BlockDiffusion
 from textdiffusion.families.masked import Masked
 from textdiffusion.families.score_entropy import ScoreEntropy, ScoreEntropyConfig
 from textdiffusion.families.uniform import Uniform
+from textdiffusion.gaussian import posterior
 from textdiffusion.process import Categorical, Nll, Prediction, State
 from textdiffusion.replacing import Outlook, Renewing
 from textdiffusion.schedules import SCHEDULES, Schedule
@@ -488,6 +490,30 @@ class SpreadForDeviation(Codes):
         )
 
 
+class GivenTokensReplaced(AnalogBits):
+    """Given tokens are noised like the rest, and the network is not told (as CONFIGS sets it): plain replacement."""
+
+
+class NoiseTwiceAsWide(AnalogBits):
+    """The ancestral step's noise with twice its deviation."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+        def move(z, x_0, now, then):
+            mean, deviation = posterior(z, x_0, now, then)
+            return mean, 2 * deviation
+
+        self.steps["ancestral"] = replace(self.steps["ancestral"], move=move)
+
+
+class MovesAtHalfPrice(AnalogBits):
+    """The bound of T calls with half of what its moves cost."""
+
+    def _move_divergence(self, x_0, prediction, t, s):
+        return 0.5 * super()._move_divergence(x_0, prediction, t, s)
+
+
 class PriorOfUniformDraws(Codes):
     """Sampling starts from draws in [0, 1): rand where randn belongs."""
 
@@ -765,6 +791,9 @@ CONTROLS = {
         ]
     },
     OneTimeForAllRows: {"infilling by random": ["random: infilling draws the enumerated law"]},
+    GivenTokensReplaced: {"infilling by ancestral": ["ancestral: infilling one gap in one call is exact"]},
+    NoiseTwiceAsWide: {"the sampler ancestral": ["ancestral: many calls come close to the world"]},
+    MovesAtHalfPrice: {"the bound": ["nll estimates the bound of 2 calls (wrong model 1)"]},
 }  # fmt: skip
 # No other check sees these.
 ALONE = [
@@ -772,7 +801,10 @@ ALONE = [
     LabelsSmoothed, SamplerNamedByItsCalls, ExactCalledUpper, BoundOfAnotherSampler, MeanOfTheCalls,
     EveryCallPaysForAll, OneTimeForAllRows,
 ]  # fmt: skip
-CONFIGS = {MovedTokenTerm: ScoreEntropyConfig(graph="uniform")}
+CONFIGS = {
+    MovedTokenTerm: ScoreEntropyConfig(graph="uniform"),
+    GivenTokensReplaced: AnalogBitsConfig(self_conditioning=0.0, conditioning="replacement"),
+}
 
 
 def uncaught(fault) -> list[str]:

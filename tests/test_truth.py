@@ -48,7 +48,7 @@ def faults(subject, config=None) -> list[str]:
 
 
 # More than 15 seconds each: their bounds, laws and equalities have quicker tests of their own below.
-LONG = ("uniform", "score_entropy")
+LONG = ("uniform", "score_entropy", "analog_bits", "gaussian_embedding")
 
 
 @pytest.mark.parametrize(

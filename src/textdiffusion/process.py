@@ -114,11 +114,21 @@ class Categorical:
     log_p: Tensor
 
 
-class Step(ABC):
-    """One reverse step of a family whose states are discrete: what to ask the network, and the law that follows.
+@dataclass(frozen=True)
+class Normal:
+    """Law of a step among reals: those at ``positions`` (bool [B L], M of them) are drawn independently with mean
+    [M W] and standard deviation [M 1], 0 for a step without chance; all others stay as they are."""
 
-    A step draws nothing but the positions it asks about: sampling.py draws the symbols, for every family. So the law
-    of a whole run can be enumerated on a small world (verification/).
+    positions: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+
+class Step(ABC):
+    """One reverse step of a family: what to ask the network, and the law that follows.
+
+    A step draws nothing but the positions it asks about: sampling.py draws symbols and reals, for every family. So the
+    law of a whole run can be enumerated on a small world (verification/).
     """
 
     note: ClassVar[str]  # one line for the user
@@ -134,8 +144,11 @@ class Step(ABC):
         """Every outcome of ``ask`` for a state of one row, with its probability."""
 
     @abstractmethod
-    def law(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Categorical:
-        """The law of the state at times s [B]; ``prediction`` is for the N asked positions.
+    def law(
+        self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape
+    ) -> Categorical | Normal:
+        """The law of the state at times s [B]; ``prediction`` is for the N asked positions. Where a position holds
+        reals, a Categorical is that of tokens, and ends the run (``Process.embed``).
 
         Symbols follow ``reshape`` of what they are predicted from; positions are chosen by the model's own law, which
         temperature 0 or a small top-p would leave without an order.
@@ -229,6 +242,10 @@ class Process(ABC):
     @abstractmethod
     def decode(self, state: State) -> Tensor:
         """Tokens int64 [B L]; -1 where nothing is written yet."""
+
+    def embed(self, symbols: Tensor) -> Tensor:
+        """What a position holds whose symbol has been drawn: itself, or the reals that stand for it, [... W]."""
+        return symbols
 
 
 @runtime_checkable

@@ -202,6 +202,7 @@ class Replacing(Process):
         step = self.steps[sampler]
         asked = self.movable(state)
         law = step.law(state, asked, self.predict(state, asked), s, lambda log_p: log_p)
+        assert isinstance(law, Categorical)
         row = torch.arange(len(x_0), device=x_0.device).unsqueeze(-1).expand(x_0.shape)[asked]
         at_s = self.marginal(one_hot(x_0[asked], self.vocabulary).double(), self.alpha(s)[row])
         bridge = self.bridge(at_s, state.x[asked], (self.alpha(state.t) / self.alpha(s))[row])
@@ -245,16 +246,6 @@ class Replacing(Process):
     def decode(self, state: State) -> Tensor:
         """The symbols themselves, noise included; -1 at a [MASK]."""
         return state.x.masked_fill(state.x >= self.vocabulary, -1)
-
-
-def random_given(rows: int, length: int, noise: Noise, share: float) -> Tensor:
-    """Positions to leave without noise in training, bool [B L]: none in most rows; in a ``share`` of them a prefix, or
-    positions here and there."""
-    kind, much = noise.uniform("given", 2).T
-    prefix = torch.arange(length, device=noise.device) < (much * length).unsqueeze(-1)
-    scattered = noise.uniform("scattered", length) < much.unsqueeze(-1)
-    chosen = torch.where((kind < share / 2).unsqueeze(-1), prefix, scattered)
-    return chosen & (kind < share).unsqueeze(-1)
 
 
 class Bridge(Step):

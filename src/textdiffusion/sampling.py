@@ -13,7 +13,7 @@ from torch import Tensor
 from textdiffusion.categorical import draw, reshape_law
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
-from textdiffusion.process import Process, Reshape, State, Step
+from textdiffusion.process import Normal, Process, Reshape, State, Step
 
 
 @dataclass(frozen=True)
@@ -191,9 +191,14 @@ def _advance(
         raise ValueError(f"{type(process).__name__} carries a memory from step to step: it must say remembers = True")
     law = step.law(state, asked, prediction, s, reshape)
     x = state.x.clone()
-    x[law.positions] = draw(law.log_p, noise.uniform("token", x.shape[1])[law.positions])
+    if isinstance(law, Normal):
+        x[law.positions] = law.mean.to(x.dtype)
+        if bool((law.deviation > 0).any()):
+            x[law.positions] += law.deviation.to(x.dtype) * noise.normal("reals", *x.shape[1:])[law.positions]
+    else:
+        x[law.positions] = process.embed(draw(law.log_p, noise.uniform("token", x.shape[1])[law.positions]))
     after = replace(state, x=x, t=s, memory=prediction.memory)
-    probability = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    probability = torch.zeros(asked.shape, dtype=torch.float64, device=x.device)
     new = process.decode(after)[asked]
     chance = prediction.log_p.gather(-1, new.clamp(min=0).unsqueeze(-1)).squeeze(-1).exp().double()
     probability[asked] = torch.where(new >= 0, chance, torch.zeros_like(chance))

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
+from textdiffusion.conditioning import random_given
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import Context, Network, Reshape, State, as_network
-from textdiffusion.replacing import SMALLEST, Bridge, Outlook, Replacing, random_given
+from textdiffusion.replacing import SMALLEST, Bridge, Outlook, Replacing
 from textdiffusion.schedules import SCHEDULES, bell, geometric
 
 

@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from textdiffusion.conditioning import random_given
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import Context, Network, State, as_network
-from textdiffusion.replacing import Bridge, Outlook, Renewing, Replacing, random_given
+from textdiffusion.replacing import Bridge, Outlook, Renewing, Replacing
 from textdiffusion.schedules import SCHEDULES, bell
 
 

@@ -53,6 +53,11 @@ class TransformerConfig:
     bias: bool = False
     time: bool = False  # condition on t in [0, 1]
     clean: bool = False  # with time: positions at t = 0 among noisy ones are marked
+    reals: bool = False  # a position holds ``inputs`` reals, not one of so many symbols
+    estimates: int = 0  # reals a position of what the network said before; 0 for networks that do not read it
+    codes: int = 0  # tokens that have a learned code, of ``code_width`` reals
+    code_width: int = 0
+    clock: int = 0  # noise levels at which costs are taken down in training
     classes: int = 0  # number of class labels; one more is kept for "no label"
 
     def __post_init__(self) -> None:
@@ -176,8 +181,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Symbols in, context outputs out.
 
-    ``forward(x, t=None, condition=None, positions=None, cache=None, at=None, halves=False)``:
-        x: symbols, int64 [B L].
+    ``forward(x, t=None, condition=None, positions=None, cache=None, at=None, halves=False, estimate=None)``:
+        x: symbols, int64 [B L]; or reals [B L inputs], if ``config.reals``.
         t: times in [0, 1], [B]; or [B L], each position standing at its row's time or, without noise, at 0. Needed if
             and only if ``config.time``.
         condition: class labels, int64 [B], -1 for none; optional if ``config.classes``.
@@ -186,6 +191,7 @@ class Transformer(nn.Module):
             stands at. Those of attention = "block" may lie past the window, of which so much is seen.
         halves: for attention = "block": x is a noisy text and the clean one behind it, [B 2L]. A noisy position sees
             its own block, and the clean blocks before it; ``positions`` asks among both halves.
+        estimate: what the network said before, [B L estimates]; None: nothing.
     Returns outputs [B L V], or [N V] for the N asked positions in row-major order, in the compute type.
     """
 
@@ -194,7 +200,13 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         width = config.width
-        self.embedding = nn.Embedding(config.inputs, width)
+        self.embedding: nn.Module = nn.Embedding(config.inputs, width)
+        if config.reals:
+            self.embedding = Linear(config.inputs, width, bias=False)
+        self.estimate = Linear(config.estimates, width, bias=False) if config.estimates else None
+        self.codes = nn.Parameter(torch.randn(config.codes, config.code_width)) if config.codes else None
+        if config.clock:
+            self.register_buffer("clock", torch.zeros(config.clock))
         self.ngrams = Ngrams(config.ngrams, width, config.block_length) if config.ngrams else None
         self.position = nn.Parameter(torch.zeros(config.window, width)) if config.positions == "learned" else None
         conditioned = config.time or config.classes > 0
@@ -216,6 +228,9 @@ class Transformer(nn.Module):
                 # Without convolutions attention must find a token's neighbours by their positions, which it does not
                 # learn in thousands of steps when tokens drown them out.
                 nn.init.normal_(module.weight, std=0.5 if self.config.convolution else 0.1)
+        for read in (self.embedding, self.estimate):
+            if isinstance(read, Linear):
+                nn.init.normal_(read.weight, std=0.5)  # as a table's: what comes in is about of unit norm
         if self.position is not None:
             nn.init.normal_(self.position, std=0.1)
         nn.init.zeros_(self.head.weight)
@@ -241,7 +256,11 @@ class Transformer(nn.Module):
     def hold(self, dtype: torch.dtype) -> Transformer:
         """Keep the weights in ``dtype`` and compute in it: for sampling, which then casts nothing in a call."""
         self.compute_dtype = dtype
-        return self.to(dtype)
+        clock = getattr(self, "clock", None)
+        self.to(dtype)
+        if clock is not None:
+            self.clock = clock  # no weight: what a noise level is does not depend on the precision
+        return self
 
     @property
     def symbols_a_token(self) -> int:
@@ -290,13 +309,21 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         at: Tensor | None = None,
         halves: bool = False,
+        estimate: Tensor | None = None,
     ) -> Tensor:
         length = x.shape[1] // 2 if halves else x.shape[1]
         if cache is None and length > self.config.window:
             raise UserError(f"this network reads at most {self.config.window} tokens, not {length}")
         at = torch.arange(length, device=x.device) if at is None else at
-        # Cast after the choice of rows: in bfloat16 the gradients of a symbol's many places would not add up.
-        h = F.embedding(x, self.embedding.weight).to(self.compute_dtype)
+        if isinstance(self.embedding, Linear):
+            h = self.embedding(x.to(self.compute_dtype))
+        else:
+            # Cast after the choice of rows: in bfloat16 the gradients of a symbol's many places would not add up.
+            table = self.embedding.weight
+            assert isinstance(table, Tensor)
+            h = F.embedding(x, table).to(self.compute_dtype)
+        if self.estimate is not None and estimate is not None:
+            h = h + self.estimate(estimate.to(h.dtype))
         if cache is not None:
             cache.note(x, at)
         if self.ngrams is not None:

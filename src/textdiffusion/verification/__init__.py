@@ -23,6 +23,7 @@ from textdiffusion.process import Discrete, HasKernel, HasSignal, Process
 from textdiffusion.verification.bounds import bounds
 from textdiffusion.verification.contract import contract, real_network, units
 from textdiffusion.verification.forward import kernel, signal
+from textdiffusion.verification.reals import reals_infilling, reals_sampler
 from textdiffusion.verification.reverse import infilling, sampler
 from textdiffusion.verification.subject import Check, L, Subject, V
 from textdiffusion.worlds import random_table
@@ -53,13 +54,13 @@ def parts(subject: Subject) -> dict[str, Callable[[], Iterator[Check]]]:
     if isinstance(process, HasSignal):
         found["the signal"] = partial(signal, process)
     discrete = isinstance(process.space, Discrete)
-    if discrete:
+    if process.steps:
         found["a real network"] = partial(real_network, subject)
     found["the units"] = partial(units, subject)
     found["the bound"] = partial(bounds, subject)
-    for name in process.steps if discrete else ():
-        found[f"the sampler {name}"] = partial(sampler, subject, name)
-        found[f"infilling by {name}"] = partial(infilling, subject, name)
+    for name in process.steps:
+        found[f"the sampler {name}"] = partial(sampler if discrete else reals_sampler, subject, name)
+        found[f"infilling by {name}"] = partial(infilling if discrete else reals_infilling, subject, name)
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
-from textdiffusion.process import Discrete, Gaussian, HasCurve, HasKernel, HasPatterns, HasSignal
+from textdiffusion.process import Discrete, HasCurve, HasKernel, HasPatterns, HasSignal
 from textdiffusion.verification.enumeration import (
     call_bound,
     continuous_bound,
@@ -21,6 +21,7 @@ from textdiffusion.verification.enumeration import (
     integrated_bound,
     prior_term,
 )
+from textdiffusion.verification.reals import fitting, signal_call_bound
 from textdiffusion.verification.subject import DEVIATIONS, DRAWS, Check, L, Subject, V, most
 from textdiffusion.worlds import Table, copy, parity, random_table
 
@@ -31,21 +32,17 @@ BLIND = 0.2  # where they cannot even show this, the estimate is no use
 SHOWN = (5, 16, 24)  # numbers of the texts that estimates are compared for
 
 
-def _worlds(space: Discrete | Gaussian) -> list[Table]:
+def _worlds(subject: Subject) -> list[Table]:
     """Worlds whose noisy states can be enumerated; two reals are as many as a grid holds."""
-    if isinstance(space, Discrete):
+    if isinstance(subject.silent(V).space, Discrete):
         return [random_table(V, L), random_table(2, 4, seed=1), parity(), copy()]
-    if space.width == 1:
-        return [random_table(2, 2), parity(2), random_table(V, 1)]
-    if space.width == 2:
-        return [random_table(V, 1)]
-    raise UserError(f"bounds of Gaussian noise can be enumerated for up to 2 reals a text, not {space.width}")
+    return fitting(subject)
 
 
 def bounds(subject: Subject) -> Iterator[Check]:
     """The continuous bound against the truth, and the code's estimates against enumeration."""
     process = subject.ideal(random_table(V, L))
-    worlds = _worlds(process.space)
+    worlds = _worlds(subject)
     if isinstance(process, (HasKernel, HasSignal, HasPatterns)):
         yield from _continuous(subject, worlds)
     if isinstance(process, HasCurve):
@@ -207,6 +204,8 @@ def _deviation(process: Any, some: Tensor, exact: Tensor, calls: int | None, see
 
 
 def _call_bound(process: Any, x_0: Tensor, calls: int, sampler: str) -> Tensor:
+    if isinstance(process, HasSignal):
+        return signal_call_bound(process, x_0, calls, sampler)
     return torch.from_numpy(call_bound(process, x_0, calls, sampler))
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import one_hot, pad
 
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
-from textdiffusion.process import HasCurve, HasKernel, HasPatterns, HasSignal, Process, State, Step
+from textdiffusion.process import Categorical, HasCurve, HasKernel, HasPatterns, HasSignal, Process, State, Step
 from textdiffusion.worlds import Table
 
 NODES = 80  # of the quadrature over time
@@ -282,6 +282,7 @@ def _after(process: Process, step: Step, ways: _Ways, t: Tensor, s: Tensor, give
         )
         prediction = process.predict(state, asked[part])
         law = step.law(state, asked[part], prediction, s.expand(len(part)), lambda log_p: log_p)
+        assert isinstance(law, Categorical)
         sizes = law.positions.sum(-1).tolist()
         for i, positions, log_p in zip(part.tolist(), law.positions, law.log_p.split(sizes), strict=True):
             y, q = _outcomes(here[i], positions, log_p.double().exp())

@@ -1,0 +1,101 @@
+"""Gaussian diffusion in the space of token embeddings (Diffusion-LM 2205.14217, CDCD 2211.15089, Plaid 2305.18619).
+
+q           coded.py: z = alpha e_v + sigma eps; the embeddings e_v are learnt, and kept at mean square 1, so that they
+            cannot grow away from the noise.
+network     target = "tokens": logits of tokens; x_0 is the mean of the embeddings under their law. Else W reals that
+            are x_0, eps, v or the flow's velocity, one conversion away from x_0 (gaussian.py), and a token's law is
+            read off how near its embedding is to that (``SHARPNESS``).
+loss        Cross-entropy of p(v | z) at every noise level: it teaches the embeddings to stay apart, and the head that
+            decodes. For real targets their mean squared error is added.
+bound       coded.py, whatever the target: the mean is what the move uses, the tokens' law what the last call draws.
+departs from the second system in: everything that systems' notes list as broken there: the noise ends in the prior,
+            the head that decodes is trained, embeddings cannot collapse, fewer calls than training steps start at the
+            right noise, time conditions every layer, the state's scale is not normalised away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from textdiffusion.coded import Coded, CodedConfig, Guess, Said
+from textdiffusion.errors import UserError
+from textdiffusion.gaussian import from_x_0, to_x_0
+from textdiffusion.process import Context, Network
+
+# Log-SNR, a real, at which a real prediction of x_0 is taken for a noisy view of the token's embedding.
+SHARPNESS = 2.0
+
+
+@dataclass
+class GaussianEmbeddingConfig(CodedConfig):
+    """Fields of the gaussian_embedding family."""
+
+    width: int = 32  # reals a token
+    target: Literal["tokens", "x_0", "eps", "v", "flow"] = "tokens"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.width <= 65536:
+            raise UserError(f"process.width must be from 1 to 65,536, not {self.width}")
+        if self.target not in ("tokens", "x_0", "eps", "v", "flow"):
+            raise UserError(f"process.target must be tokens, x_0, eps, v or flow, not {self.target!r}")
+
+
+@final
+class GaussianEmbedding(Coded):
+    """Embedding-space Gaussian diffusion; see the head of the file."""
+
+    Config: ClassVar[type] = GaussianEmbeddingConfig
+    summary: ClassVar[str] = "learned token embeddings under Gaussian noise; upper bound"
+    paper: ClassVar[str] = "Diffusion-LM 2205.14217, CDCD 2211.15089, Plaid 2305.18619"
+
+    def __init__(self, network: Network, config: GaussianEmbeddingConfig, vocabulary: int, *, start: int = 0):
+        generator = torch.Generator().manual_seed(0)
+        # For callables that bring none, as the tests' do.
+        self.fallback = torch.randn(vocabulary, config.width, generator=generator, dtype=torch.float64)
+        super().__init__(network, config, vocabulary, config.width, start=start)
+
+    @classmethod
+    def small(cls) -> GaussianEmbeddingConfig:
+        return GaussianEmbeddingConfig(width=2, self_conditioning=0.0)
+
+    @classmethod
+    def network_fields(cls, config: Any, vocabulary: int) -> dict[str, Any]:
+        outputs = vocabulary if config.target == "tokens" else config.width
+        codes = {"outputs": outputs, "codes": vocabulary, "code_width": config.width}
+        return cls.coded_fields(config, config.width, vocabulary) | codes
+
+    def codes(self) -> Tensor:
+        raw = getattr(self.network, "codes", None)
+        raw = self.fallback if raw is None else raw.to(torch.promote_types(raw.dtype, torch.float32))
+        return raw * (raw.shape[-1] ** 0.5 / raw.norm(dim=-1, keepdim=True))
+
+    def claims(self) -> bool:
+        return True
+
+    def guess(self, said: Said) -> Guess:
+        if self.config.target == "tokens":
+            return Guess(said.outputs, said.own)
+        reals = to_x_0(said.outputs, said.z, said.log_snr, self.config.target)
+        # A target far off at one end of the noise would throw x_0 far out; the embeddings' mean cannot be longer than
+        # they are.
+        reals = reals * (reals.square().mean(-1, keepdim=True).clamp(min=1.0) ** -0.5)
+        sharpness = torch.full_like(said.log_snr, SHARPNESS).exp()
+        return Guess(sharpness * (reals @ self.codes().to(reals.dtype).T), None, reals)
+
+    def cost(self, said: Said, guess: Guess, x_0: Tensor) -> Tensor:
+        nats = F.cross_entropy(guess.posterior(), x_0, reduction="none")
+        if guess.reals is None:
+            return nats
+        wanted = from_x_0(self.codes().to(said.z.dtype)[x_0], said.z, said.log_snr, self.config.target)
+        return nats + (said.outputs - wanted.detach()).square().mean(-1)
+
+    def ideal(self, context: Context) -> Network:
+        if self.config.target != "tokens":
+            raise UserError("the exact posterior is put in as logits of tokens; verify process.target=tokens")
+        return super().ideal(context)

@@ -1,0 +1,232 @@
+"""Gaussian noise against closed forms: schedules, conversions, posteriors, and how fast solvers come to the flow."""
+
+import itertools
+
+import pytest
+import torch
+
+from textdiffusion.errors import UserError
+from textdiffusion.families.analog_bits import AnalogBits, AnalogBitsConfig, code_book
+from textdiffusion.families.gaussian_embedding import GaussianEmbedding, GaussianEmbeddingConfig
+from textdiffusion.gaussian import (
+    HIGHEST,
+    LOG_SNRS,
+    LOWEST,
+    alpha_sigma,
+    deterministic,
+    from_x_0,
+    learned_clock,
+    noised,
+    posterior,
+    prior_divergence,
+    table,
+    to_x_0,
+)
+from textdiffusion.noise import Noise
+from textdiffusion.presets import configure
+from textdiffusion.process import State
+from textdiffusion.run import build
+from textdiffusion.verification import Subject, parts, verify
+from textdiffusion.worlds import random_table
+
+F64 = torch.float64
+LEARNED = {
+    "table": table(torch.tensor([9.0, 3.0, 1.0, -8.0])),
+    "learned": learned_clock(torch.tensor([0.0, 0.0, 0.5, 0.4, 3.0, 3.1])),
+}
+
+
+@pytest.mark.parametrize("schedule", list((LOG_SNRS | LEARNED).values()), ids=list(LOG_SNRS | LEARNED))
+def test_a_schedule_falls_is_finite_and_has_its_derivative(schedule):
+    t = torch.linspace(0, 1, 1001, dtype=F64)
+    level = schedule.at(t)
+    assert level.isfinite().all() and bool((level.diff() < 0).all())
+    # Between knots, where tables have a derivative; central differences.
+    inner, h = torch.linspace(0.003, 0.997, 83, dtype=F64), 1e-6
+    numeric = (schedule.at(inner + h) - schedule.at(inner - h)) / (2 * h)
+    off = ((numeric - schedule.derivative(inner)) / numeric).abs()
+    assert off.sort().values[-4] < 1e-6  # up to three may straddle a knot
+    # Noise at t = 1 leaves less than 0.001 of a nat of text a real: none of the schedules ends before the prior.
+    assert float(prior_divergence(torch.ones(1, dtype=F64), schedule.at(t[-1:]))) < 1e-3
+
+
+def test_schedules_are_what_their_papers_say():
+    t = torch.tensor([0.2, 0.5, 0.9], dtype=F64)
+    alpha, _ = alpha_sigma(LOG_SNRS["cosine"].at(t))
+    assert torch.allclose(alpha, torch.cos(torch.pi * t / 2), atol=4e-3)  # the ends are moved by 0.0025 of an angle
+    alpha, _ = alpha_sigma(LOG_SNRS["linear"].at(t))
+    assert torch.allclose(alpha.square(), torch.exp(-(1e-4 + 10 * t.square())))
+    alpha, sigma = alpha_sigma(LOG_SNRS["rectified"].at(t))
+    assert torch.allclose(sigma / (alpha + sigma), t, atol=3e-3)
+    alpha, _ = alpha_sigma(LOG_SNRS["sqrt"].at(t))
+    assert torch.allclose(alpha.square(), 1 - (t + 1e-4).sqrt(), atol=1e-4)
+
+
+def test_a_learned_clock_makes_costs_linear_in_time():
+    edges = torch.linspace(HIGHEST, LOWEST, 49, dtype=F64)
+    cost = 3 * torch.sigmoid(-edges)  # at the bins' lower ends
+    clock = learned_clock(cost[1:])
+    t = torch.linspace(0, 1, 21, dtype=F64)
+    # But for the tenth of the time that is spread evenly over the log-SNR.
+    wanted = (t - 0.1 * (HIGHEST - clock.at(t)) / (HIGHEST - LOWEST)) / 0.9
+    assert torch.allclose(torch.sigmoid(-clock.at(t)), wanted, atol=0.02)
+
+
+@pytest.mark.parametrize("target", ["x_0", "eps", "v", "flow"])
+def test_conversions_are_inverse_and_say_what_they_are(target):
+    generator = torch.Generator().manual_seed(0)
+    x, eps = (torch.randn(64, 3, generator=generator, dtype=F64) for _ in range(2))
+    level = torch.linspace(HIGHEST, LOWEST, 64, dtype=F64).unsqueeze(-1)
+    alpha, sigma = alpha_sigma(level)
+    z = alpha * x + sigma * eps
+    said = {"x_0": x, "eps": eps, "v": alpha * eps - sigma * x, "flow": eps - x}[target]
+    assert torch.allclose(from_x_0(x, z, level, target), said, atol=1e-8)
+    assert torch.allclose(to_x_0(said, z, level, target), x, atol=1e-8)
+
+
+def test_the_posterior_is_that_of_the_joint_normal_law():
+    now, then = torch.tensor(-1.0, dtype=F64), torch.tensor(0.7, dtype=F64)
+    (a_t, s_t), (a_s, s_s) = alpha_sigma(now), alpha_sigma(then)
+    x, z = torch.tensor(0.3, dtype=F64), torch.tensor(-1.1, dtype=F64)
+    # z_t given z_s is N(gain z_s, wide), so that variances add up to s_t^2.
+    gain, wide = a_t / a_s, (s_t.square() - (a_t / a_s * s_s).square()).sqrt()
+    precision = 1 / s_s.square() + (gain / wide).square()
+    mean = (a_s * x / s_s.square() + gain * z / wide.square()) / precision
+    found = posterior(z, x, now, then)
+    assert torch.allclose(torch.stack(found), torch.stack((mean, precision**-0.5)))
+    assert torch.allclose(torch.stack(noised(x, then, now)), torch.stack((gain * x, wide)))
+
+
+def test_ddim_is_an_euler_step_of_the_flow_in_either_clock():
+    generator = torch.Generator().manual_seed(0)
+    z, x_0 = (torch.randn(50, 2, generator=generator, dtype=F64) for _ in range(2))
+    now, then = torch.tensor(-0.8, dtype=F64), torch.tensor(0.4, dtype=F64)
+    (a_t, s_t), (a_s, s_s) = alpha_sigma(now), alpha_sigma(then)
+    step = deterministic(z, x_0, now, then)
+    # Clock sigma / alpha, state z / alpha, velocity eps.
+    eps = from_x_0(x_0, z, now, "eps")
+    assert torch.allclose(step / a_s, z / a_t + (s_s / a_s - s_t / a_t) * eps)
+    # Clock u = sigma / (alpha + sigma), state z / (alpha + sigma), velocity eps - x_0: rectified flow.
+    flow = from_x_0(x_0, z, now, "flow")
+    u_t, u_s = s_t / (a_t + s_t), s_s / (a_s + s_s)
+    assert torch.allclose(step / (a_s + s_s), z / (a_t + s_t) + (u_s - u_t) * flow)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm", 2)])
+def test_solvers_come_to_the_flow_at_their_order(sampler, order):
+    """On a mixture of two normals, whose posterior mean, and so the flow, is known."""
+    world = random_table(2, 1, seed=3)
+    process = Subject(AnalogBits, AnalogBitsConfig(schedule="even", self_conditioning=0.0)).ideal(world)
+    step = process.steps[sampler]
+    start = process.q_sample(torch.tensor([[0]] * 9), torch.full((9,), 0.7, dtype=F64), Noise.of(0, 9)).x
+
+    def end(steps):
+        state = State(start, torch.full((9,), 0.7, dtype=F64))
+        for t in torch.linspace(0.7, 0.4, steps + 1, dtype=F64)[1:]:
+            asked, s = torch.ones(9, 1, dtype=torch.bool), t.expand(9)
+            prediction = process.predict(state, asked)
+            law = step.law(state, asked, prediction, s, lambda log_p: log_p)
+            state = State(law.mean.view(9, 1, 1), s, memory=prediction.memory)
+        return state.x
+
+    truth = end(4096)
+    errors = [float((end(n) - truth).abs().max()) for n in (16, 32, 64)]
+    for coarse, fine in itertools.pairwise(errors):
+        assert order - 0.25 < torch.log2(torch.tensor(coarse / fine)) < order + 0.6
+
+
+def test_asymmetric_intervals_move_further_than_the_network_is_told():
+    world = random_table(2, 2)
+    plain, further = (
+        Subject(AnalogBits, AnalogBitsConfig(schedule="cosine", self_conditioning=0.0, delta=d)).ideal(world)
+        for d in (0.0, 1.0)
+    )
+    state = plain.q_sample(world.texts, torch.full((4,), 0.8, dtype=F64), Noise.of(0, 4))
+    asked, said = torch.ones(4, 2, dtype=torch.bool), plain.predict(state)
+    said = plain.predict(state, asked)
+
+    def mean(process, s):
+        return process.steps["ddim"].law(state, asked, said, torch.full((4,), s, dtype=F64), lambda p: p).mean
+
+    # Told 0.6, it goes to 0.4, which is a plain step to 0.4.
+    assert torch.allclose(mean(further, 0.6), mean(plain, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        (AnalogBitsConfig(self_conditioning=0.0, schedule="sqrt", input="reals", book="gray"), "the units"),
+        (AnalogBitsConfig(self_conditioning=0.0, schedule="rectified", evidence=False, book="random"), "the bound"),
+    ],
+)
+def test_checks_hold_for_other_settings(config, wanted):
+    found = parts(Subject(AnalogBits, config))
+    for check in (*found["the signal"](), *found[wanted]()):
+        assert check.passed, (check.name, check.figure, check.meaning)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [AnalogBits, GaussianEmbedding])
+def test_self_conditioning_has_a_bound_of_whole_trajectories(family):
+    config = AnalogBitsConfig() if family is AnalogBits else GaussianEmbeddingConfig(width=1)
+    seen = set()
+    for check in verify(family, config):
+        seen.add(check.name)
+        assert check.passed, (check.name, check.figure, check.meaning)
+    assert "ancestral: bound_T(x) >= -log law_T(x) for every x" in seen
+
+
+@pytest.mark.parametrize("book", ["binary", "gray", "random"])
+def test_code_books_tell_tokens_apart(book):
+    codes = code_book(100, 8, book)
+    assert len(codes.unique(dim=0)) == 100 and set(codes.unique().tolist()) == {-1.0, 1.0}
+    if book == "gray":
+        assert bool(((codes[1:] != codes[:-1]).sum(-1) == 1).all())
+    with pytest.raises(UserError, match="fewer codes than there are tokens"):
+        code_book(100, 6, book)
+
+
+def small_run(family, *settings):
+    """A family over a small network of 11 tokens."""
+    config = configure(family=family, length=8, steps=5, depth=1, settings=list(settings))
+    config.vocabulary = 11
+    return build(config)
+
+
+def test_plain_bits_claim_no_bound_and_end_in_codes_that_stand_for_tokens():
+    process = small_run("analog_bits", "process.output=bits")
+    x, every = torch.randint(0, 11, (4, 8)), torch.ones(4, 8, dtype=torch.bool)
+    assert process.nll(x, Noise.of(0, 4)).kind == "none"
+    process.loss(x, Noise.of(0, 4)).mean().backward()
+    state = process.q_sample(x, torch.full((4,), 0.7, dtype=F64), Noise.of(0, 4))
+    with torch.no_grad():
+        said = process.predict(state, every)
+        law = process.steps["ddim"].law(state, every, said, torch.zeros(4, dtype=F64), lambda p: p)
+    # The law of independent bits, by enumeration of all 16 codes, of which 11 stand for tokens.
+    codes = torch.tensor(list(itertools.product((-1, 1), repeat=4)), dtype=torch.float32)
+    chance = ((1 + codes * said.native.reals.unsqueeze(1)) / 2).prod(-1)
+    assert torch.allclose(chance.sum(-1), torch.ones(32))
+    assert torch.allclose(law.log_p.exp(), chance[:, :11] / chance[:, :11].sum(-1, keepdim=True), atol=1e-5)
+    assert torch.allclose(process.dead_share(said), chance[:, 11:].sum(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["x_0", "eps", "v", "flow"])
+def test_every_target_learns_embeddings_and_head(target):
+    process = small_run("gaussian_embedding", f"process.target={target}")
+    x = torch.randint(0, 11, (8, 8))
+    for _ in range(2):  # the head starts at zero, and with it the x_0 that codes are compared with
+        process.loss(x, Noise.of(0, 8)).mean().backward()
+        with torch.no_grad():
+            process.network.head.weight -= 0.1 * process.network.head.weight.grad
+    for name in ("codes", "head.weight"):
+        grad = dict(process.network.named_parameters())[name].grad
+        assert grad is not None and bool((grad != 0).any()), name
+    with torch.no_grad():
+        assert process.nll(x, Noise.of(0, 8)).total.isfinite().all()
+
+
+def test_embeddings_keep_their_size():
+    process = small_run("gaussian_embedding")
+    with torch.no_grad():
+        process.network.codes.mul_(torch.rand(11, 1) * 100 + 0.01)
+    assert torch.allclose(process.codes().square().mean(-1), torch.ones(11))
