@@ -27,7 +27,7 @@ from textdiffusion.worlds import Table, parity, random_table
 
 POINTS = {1: 601, 2: 61}  # of the grid, by reals in a text
 COARSE = 81  # of one real, where every way to a point is followed by itself
-FINE = {1: 1000, 2: 120}  # where no step spreads a point; even, so that none stands where two basins meet
+FINE = {1: 1000, 2: 120}  # where no step spreads a point
 REACH = 6.5
 GRID_ERROR = 2e-3  # of laws, and nats of bounds
 FOLLOWED = 0.8  # smallest deviation, in cells, of a normal whose sum over the grid is right (to 3e-6)
@@ -57,7 +57,9 @@ def _grid(size: int, number: int) -> tuple[Tensor, float]:
     """Points of a grid over ``size`` reals [n size], and the volume of a cell."""
     line = np.linspace(-REACH, REACH, number)
     points = torch.tensor(list(itertools.product(line.tolist(), repeat=size)), dtype=torch.float64)
-    return points, float(line[1] - line[0]) ** size
+    width = float(line[1] - line[0])
+    # Aside, and in each direction otherwise: on an axis or a diagonal basins of a symmetric world meet.
+    return points + width * torch.tensor([0.17, 0.43], dtype=torch.float64)[:size], width**size
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ def reals_sampler(subject: Subject, name: str) -> Iterator[Check]:
                 worst = most(worst, _unlike(ideal, world, calls, name, law))
         if followed:
             shown.append(f"{apart[2]:.4f}, {apart[3]:.4f}")
-            far = most(far, apart[3] - max(apart[2] / 2, 2 * GRID_ERROR))
+            far = most(far, apart[3] - max(apart[2] / 2, 3 * GRID_ERROR))
         for model in (ideal, subject.wrong(world, 0)):
             for calls in (1, 2, 3):
                 try:
