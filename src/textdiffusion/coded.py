@@ -52,6 +52,7 @@ class CodedConfig:
     schedule: str = "adaptive"  # adaptive: what a token costs is linear in t, as measured in training
     input: Literal["belief", "reals"] = "belief"  # what the network reads of a position
     evidence: bool = True  # a position's own evidence is added to what the network says
+    times: int = 0  # noise levels that training knows, as DDPM's 1,000; 0: all of them
     time: bool = False  # the network is told the noise level, at every layer; needed for reals, beliefs say it
     self_conditioning: float = 0.5  # share of the training examples that read what the network said before
     given: float = 0.2  # share of the training examples in which some positions have no noise
@@ -63,9 +64,9 @@ class CodedConfig:
         known = (*LOG_SNRS, "adaptive")
         if self.schedule not in known:
             raise UserError(f"process.schedule must be one of {', '.join(known)}, not {self.schedule!r}")
-        for name, high in (("self_conditioning", 1.0), ("given", 1.0), ("churn", 10.0), ("delta", 1000.0)):
+        for name, high in (("self_conditioning", 1), ("given", 1), ("churn", 10), ("delta", 1000), ("times", 10**6)):
             if not 0 <= getattr(self, name) <= high:
-                raise UserError(f"process.{name} must be from 0 to {high:g}, not {getattr(self, name)}")
+                raise UserError(f"process.{name} must be from 0 to {high:,}, not {getattr(self, name)}")
         if self.input not in ("belief", "reals") or self.conditioning not in ("clean", "replacement"):
             raise UserError("process.input must be belief or reals, process.conditioning clean or replacement")
 
@@ -276,6 +277,8 @@ class Coded(Process):
         [B]; times uniform in the schedule's clock."""
         rows, length = x_0.shape
         t = noise.stratified("time")
+        if self.config.times:
+            t = torch.floor(t * self.config.times + 1) / self.config.times  # 1/n ... 1
         state = self.q_sample(x_0, t, noise)
         given = random_given(rows, length, noise, self.config.given if self.config.conditioning == "clean" else 0.0)
         state = State(torch.where(given.unsqueeze(-1), self.embed(x_0), state.x), t, given)

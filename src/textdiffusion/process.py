@@ -191,6 +191,12 @@ class Process(ABC):
         """The same process around another network."""
         other = copy.copy(self)
         other.network = network
+        if "steps" in vars(self):
+            # Steps that ask their process see the new network: codes and clocks are learnt too.
+            other.steps = {name: copy.copy(step) for name, step in self.steps.items()}
+            for step in other.steps.values():
+                if getattr(step, "process", None) is self:
+                    step.process = other  # type: ignore[attr-defined]
         return other
 
     # -- forward --------------------------------------------------------------------------------------------------

@@ -52,7 +52,9 @@ class RunReport:
         for figure in like.by_calls:
             out.append(f"  at {figure.calls:>4} calls  {figure}   (sampler: {figure.sampler})")
         if head.kind == "none":
-            out.append("  no likelihood: this tokenizer does not keep all of the text")
+            out.append(
+                "  no likelihood: the tokenizer does not keep all of the text, or the family claims none as it is set"
+            )
         elif self.unseen:
             out.append(f"  {self.unseen:,} symbols that training never saw are charged 20 bits each, to be spelled out")
         if self.pieces and head.kind == "exact":
