@@ -11,11 +11,11 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "textdiffusion"
 FLOORS = [
     {"errors", "noise", "schedules", "categorical", "tokenizer", "worlds"}
-    | {"networks.attention", "networks.convolution", "networks.ngrams", "networks.transformer"},
+    | {"networks.shape", "networks.attention", "networks.convolution", "networks.ngrams", "networks.transformer"},
     {"process", "absorbing", "replacing", "steps.unmasking", "steps.ordering"},
     {"families"},  # and every file in families/
-    {"data", "training", "sampling", "evaluation", "template"},
-    {"run", "presets", "card", "fit", "model", "report", "catalogue", "verification", "watching"},
+    {"data", "settings", "training", "sampling", "evaluation", "template"},
+    {"config", "run", "presets", "card", "fit", "model", "report", "catalogue", "verification", "watching"},
     {"doctor", "terminal", "demo", "cli", "__main__"},
 ]
 

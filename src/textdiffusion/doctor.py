@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from textdiffusion import __version__
+from textdiffusion.config import RunConfig
 from textdiffusion.data import Windows, tokenize
 from textdiffusion.fit import prepare
 from textdiffusion.model import pick_device
 from textdiffusion.networks.transformer import Transformer
 from textdiffusion.noise import Noise
 from textdiffusion.process import count_parameters
-from textdiffusion.run import RunConfig, build
+from textdiffusion.run import build
 from textdiffusion.training import Learner, fastest_precision, micro_batch_for, tune_allocator
 
 
