@@ -64,6 +64,15 @@ def tune_allocator() -> None:
         mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
+def processor_name() -> str:
+    """What the system calls its processor."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def fastest_precision(device: torch.device) -> Literal["bf16", "fp32"]:
     """Measure, in a few milliseconds, whether this machine multiplies bfloat16 clearly faster than float32.
 
@@ -71,7 +80,8 @@ def fastest_precision(device: torch.device) -> Literal["bf16", "fp32"]:
     same precision however busy the machine is.
     """
     place = cache_folder() / "precision.json"
-    key = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {torch.__version__} {device}"
+    # By its name: of two processors of one capability, one may have units for bfloat16 products and one may not.
+    key = f"{processor_name()} {torch.backends.cpu.get_cpu_capability()} {torch.__version__} {device}"
     try:
         known = json.loads(place.read_text(encoding="utf-8"))
         if known[key] in ("bf16", "fp32"):
