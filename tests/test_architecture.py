@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "textdiffusion"
 FLOORS = [
-    {"errors", "noise", "schedules", "categorical", "tokenizer", "worlds"}
+    {"errors", "noise", "schedules", "categorical", "cross_entropy", "tokenizer", "worlds"}
     | {"networks.shape", "networks.attention", "networks.convolution", "networks.ngrams", "networks.transformer"},
     {"process", "absorbing", "replacing", "steps.unmasking", "steps.ordering"},
     {"families"},  # and every file in families/
