@@ -57,7 +57,7 @@ FULL = Plan(
     products=((8192, 256), (8192, 768), (4096, 4096)),
 )  # fmt: skip
 TINY = {"depth": 1, "width": 32, "heads": 2, "length": 16, "batch": 4, "vocabulary": 50}
-QUICK = Plan({"(i) tiny": TINY, "(ii) tiny": TINY}, TINY, 1, {1: 2, 2: 2}, 8, (1,), (1, 2), (50, 60), 32, ((64, 64),))
+QUICK = Plan({"(i) tiny": TINY, "(ii) tiny": TINY}, TINY, 1, {1: 2, 2: 2}, 8, (1,), (1, 2), (50, 60), 64, ((64, 64),))
 PLAIN = ("masked", "autoregressive")  # the families that have a plain rival
 
 
