@@ -29,8 +29,8 @@ from textdiffusion.settings import TrainingConfig
 from textdiffusion.training import Learner, micro_batch_for
 
 VOCABULARY, LENGTH, CALLS = 50257, 256, 2
-# Megabytes (training step, sampling one text), about a sixth above what was measured when they were set, and 20 MB at
-# least. Laws of all positions at once in float64 take 1,090 MB in sampling (uniform, score_entropy), cross-entropy over
+# Megabytes (training step, sampling one text): above what was measured when they were set by a tenth to a fifth in
+# training, by some 20 MB in sampling. Laws of all positions at once in float64 take 1,090 MB in sampling (uniform, score_entropy), cross-entropy over
 # float32 tables 785 MB in training (autoregressive).
 CEILINGS = {
     "masked": (380, 80),
