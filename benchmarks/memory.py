@@ -30,8 +30,8 @@ from textdiffusion.training import Learner, micro_batch_for
 
 VOCABULARY, LENGTH, CALLS = 50257, 256, 2
 # Megabytes (training step, sampling one text): above what was measured when they were set by a tenth to a fifth in
-# training, by some 20 MB in sampling. Laws of all positions at once in float64 take 1,090 MB in sampling (uniform, score_entropy), cross-entropy over
-# float32 tables 785 MB in training (autoregressive).
+# training, by some 20 MB in sampling. Laws of all positions at once in float64 took 1,090 MB in sampling (uniform,
+# score_entropy), cross-entropy over float32 tables 785 MB in training (autoregressive).
 CEILINGS = {
     "masked": (380, 80),
     "uniform": (740, 135),
@@ -42,7 +42,7 @@ CEILINGS = {
 
 
 def resident(field: str) -> int:
-    """VmRSS, what the process holds, or VmHWM, the most it held since ``forget_peak``; bytes."""
+    """VmRSS, what the process holds, or VmHWM, the most it held since that was last forgotten (peak_of); bytes."""
     line = next(x for x in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if x.startswith(field))
     return 1024 * int(line.split()[1])
 
