@@ -21,7 +21,7 @@ test: $(READY)  ## lint, types, tests and their coverage
 slow: $(READY)  ## the tests that take minutes each
 	$(VENV)/bin/python -m pytest -m slow
 
-bench: $(READY)  ## time training and sampling against plain re-statements of public repositories (a quarter of an hour)
+bench: $(READY)  ## time training and sampling against plain re-statements of public repositories, and write docs/speed.md (a quarter of an hour)
 	$(VENV)/bin/python benchmarks/bench.py
 
 lint: $(READY)  ## format and check

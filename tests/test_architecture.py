@@ -10,13 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "textdiffusion"
 FLOORS = [
-    {"errors", "noise", "schedules", "gaussian", "categorical", "tokenizer", "worlds"}
-    | {"networks.attention", "networks.convolution", "networks.ngrams", "networks.transformer"},
+    {"errors", "noise", "schedules", "gaussian", "categorical", "cross_entropy", "tokenizer", "worlds"}
+    | {"networks.shape", "networks.attention", "networks.convolution", "networks.ngrams", "networks.transformer"},
     {"process", "conditioning", "absorbing", "replacing", "coded"}
     | {"steps.unmasking", "steps.ordering", "steps.denoising"},
     {"families"},  # and every file in families/
-    {"data", "training", "sampling", "evaluation", "template"},
-    {"run", "presets", "card", "fit", "model", "report", "catalogue", "verification", "watching"},
+    {"data", "settings", "training", "sampling", "evaluation", "template"},
+    {"config", "run", "presets", "card", "fit", "model", "report", "catalogue", "verification", "watching"},
     {"doctor", "terminal", "demo", "cli", "__main__"},
 ]
 

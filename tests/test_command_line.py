@@ -73,6 +73,46 @@ def test_help_lists_the_verbs_and_is_quick():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_mistakes_are_refused_before_torch_is_loaded(runs, tmp_path):
+    """Seconds of waiting, for a slip of the finger."""
+    run = str(runs / "masked")
+    (tmp_path / "FILE").write_text("a file where a folder should be")
+    wrong = [
+        ["train", "--data", "nowhere.txt"], ["train", "--family", "mask"], ["train", "--steps", "0"],
+        ["train", "--tokenizer", "letters"], ["train", "--tokenizer", "bpe:3"], ["train", "--depth", "0"],
+        ["train", "--set", "network.wdith=3"], ["train", "--set", "network.width=wide"],
+        ["train", "--set", "training.rate=-1"], ["train", "--set", "nonsense"], ["train", "--device", "mps"],
+        ["train", "--out", run], ["train", "--out", "FILE"], ["train", "--resume", "--out", "nowhere"],
+        ["sample", "nowhere"], ["sample"], ["sample", run, "-n", "0"], ["sample", run, "--top-p", "2"],
+        ["sample", run, "--temperature", "-1"], ["sample", run, "--calls", "0"], ["sample", run, "--length", "0"],
+        ["sample", run, "--prompt", "x", "--infill", "x_"], ["sample", run, "--strength", "0.2"],
+        ["eval", run, "--data", "nowhere.txt"], ["eval", run, "--calls", "2,x"], ["eval", "nowhere"],
+        ["demo", "--minutes", "0"], ["families", "nothing"], ["verify", "nothing"], ["verify", "nothing.py"],
+    ]  # fmt: skip
+    code = (
+        "import json, sys\nfrom textdiffusion.cli import main\nassert main(['families']) == 0\n"
+        "for line in json.loads(sys.argv[1]):\n"
+        "    code, loaded = main(line), 'torch' in sys.modules\n"
+        "    assert code == 2 and not loaded, (line, code, loaded)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(wrong)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stderr.strip().splitlines()) == len(wrong)
+
+
+def test_sampling_loads_no_more_than_it_needs(runs):
+    code = (
+        "import sys\nfrom textdiffusion.cli import main\n"
+        f"assert main(['sample', {str(runs / 'masked')!r}, '-n', '1']) == 0\n"
+        "unneeded = {'rich', 'torch._dynamo', 'torch._inductor', 'sympy', 'matplotlib', 'datasets', 'IPython'}\n"
+        "sys.exit(', '.join(unneeded & set(sys.modules)) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_run_is_a_folder_of_plain_files(runs):
     path = runs / "masked"
     assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "checkpoints", "README.md"} <= {
@@ -137,8 +177,11 @@ def test_eval(runs):
 
 
 def test_families_and_doctor():
-    names = [f["name"] for f in json.loads(ok("families", "--json"))]
-    assert {"masked", "autoregressive"} <= set(names)
+    from textdiffusion.families import family, names
+
+    # What the list reads from the text of the files is what the classes say.
+    expected = [{"name": name, "summary": family(name).summary, "paper": family(name).paper} for name in names()]
+    assert json.loads(ok("families", "--json")) == expected and len(expected) >= 5
     assert "process.schedule" in ok("families", "masked")
     assert json.loads(ok("doctor", "--device", "cpu", "--json"))["device"] == "cpu"
 

@@ -164,6 +164,35 @@ def test_every_step_writes_whole_texts_and_counts_its_calls(name):
             assert ((frames[-1].confidence > 0) & (frames[-1].confidence <= 1 + 1e-6)).all()
 
 
+def test_positions_worked_out_a_few_at_a_time_get_the_same_draws(name, monkeypatch):
+    """Every sampler, with and without given positions: the same numbers, from as many network calls."""
+    process = shaken(name)
+    given = torch.arange(L) < torch.tensor([[0], [0], [2], [5], [L]])
+    for sampler in process.steps:
+        for how in ({}, {"tokens": texts(5), "given": given, "temperature": 0.7}):
+            frames = {}
+            for together in (2**40, 3 * V):
+                monkeypatch.setattr("textdiffusion.sampling.TOGETHER", together)
+                frames[together] = list(sample(process, Noise.of(1, 5), L, 3, sampler=sampler, **how))
+            for whole, parted in zip(*frames.values(), strict=True):
+                assert torch.equal(whole.tokens, parted.tokens) and torch.equal(whole.calls, parted.calls)
+                assert torch.equal(whole.confidence, parted.confidence)
+
+
+def test_a_second_network_call_is_not_answered_from_the_first(monkeypatch):
+    monkeypatch.setattr("textdiffusion.sampling.TOGETHER", V)
+    process = shaken("masked")
+    predict = type(process).predict
+
+    def twice(self, state, positions=None, condition=None):
+        predict(self, state, positions, condition)
+        return predict(self, dataclasses.replace(state, x=state.x.roll(1, 1)), positions, condition)
+
+    monkeypatch.setattr(type(process), "predict", twice)
+    with pytest.raises(ValueError, match="apart"):
+        list(sample(process, Noise.of(1, 2), L, 2))
+
+
 def test_a_single_row_counts_every_evaluation(name):
     process = shaken(name)
     for sampler in process.steps:

@@ -118,6 +118,9 @@ def test_a_text_does_not_depend_on_how_many_are_written(name, request):
     for n in (1, 2, 11):
         assert model.sample(n=n, seed=3, calls=16, reproducible=True) == many[:n]
     assert len(set(many)) > 30
+    # Also where rows of a batch pause, and leave it, at moments of their own.
+    how = {"seed": 3, "calls": 6, "reproducible": True} | ({"sampler": "ancestral"} if name == "masked" else {})
+    assert model.sample(n=2, **how, prompt="The ") == model.sample(n=9, **how, prompt="The ")[:2]
 
 
 def test_samples_are_made_in_the_precision_asked_for(folder, masked):
@@ -132,6 +135,22 @@ def test_samples_are_made_in_the_precision_asked_for(folder, masked):
     assert all(len(text) == 24 for text in fast.sample(n=3))
     with pytest.raises(td.UserError, match="--precision"):
         td.load(folder / "masked", precision="fp8")
+
+
+def test_unasked_samples_are_made_in_the_precision_that_was_measured(folder, monkeypatch):
+    for answer, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        asked = []
+        monkeypatch.setattr("textdiffusion.model.fastest_precision", lambda on, a=answer, q=asked: q.append(on) or a)
+        model = td.load(folder / "masked", device="cpu")
+        assert not asked  # not before something is written
+        model.sample(n=1, calls=2)
+        assert {p.dtype for p in model.writer.network.parameters()} == {dtype}
+        assert model.process.network.compute_dtype == torch.float32
+        model.sample(n=2, calls=2)
+        assert asked == [torch.device("cpu")]
+    # What must not depend on the batch is in float32, whatever is faster.
+    monkeypatch.setattr("textdiffusion.model.fastest_precision", lambda on: pytest.fail("measured for nothing"))
+    assert td.load(folder / "masked", device="cpu").sample(n=1, calls=2, reproducible=True)
 
 
 def test_infilling(masked, pieces):

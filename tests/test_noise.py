@@ -1,3 +1,6 @@
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,27 @@ def test_a_row_gets_the_same_draws_in_any_batch():
     assert torch.equal(whole.stratified("t"), torch.cat([p.stratified("t") for p in parts]))
     picked = torch.tensor([3, 60, 17])
     assert torch.equal(whole.select(picked).uniform("x", 4), whole.uniform("x", 4)[picked])
+
+
+def test_a_stream_is_the_one_of_its_key_and_counter():
+    """Against generators made anew, whatever was drawn before, by any thread."""
+    noise = Noise(-3, np.array([0, 5, 2**40]), 9, 7)
+
+    def fresh(tag, row):
+        key = np.array([2**64 - 3, zlib.crc32(tag.encode())], dtype=np.uint64)
+        counter = np.array([0, row, 7, 0], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+    def check(_):
+        Noise.of(1, 2).stratified("t")  # leaves half a word behind
+        for tag in ("a", "b"):
+            assert noise.uniform(tag, 5).tolist() == [fresh(tag, row).random(5).tolist() for row in noise.rows]
+            normal = [fresh(tag, row).standard_normal(5).tolist() for row in noise.rows]
+            assert noise.normal(tag, 5).tolist() == normal
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(check, range(200)))
 
 
 def test_a_longer_draw_extends_a_shorter_one():

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
+from pathlib import Path
 from typing import Any
 
-import torch
-
+from textdiffusion import families
 from textdiffusion.families import family, names
 
 
 def listing() -> list[dict[str, Any]]:
-    """Name and one-line summary of every family."""
-    return [{"name": name, "summary": family(name).summary, "paper": family(name).paper} for name in names()]
+    """Name, one-line summary and paper of every family, from the text of its file: running it would need torch."""
+    found = []
+    for name in names():
+        tree = ast.parse(Path(families.__path__[0], f"{name}.py").read_text(encoding="utf-8"))
+        said = {
+            node.target.id: node.value.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(node.value, ast.Constant)
+        }
+        found.append({"name": name, "summary": said["summary"], "paper": said["paper"]})
+    return found
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -23,7 +35,7 @@ def describe(name: str) -> dict[str, Any]:
         UserError: no such family.
     """
     cls = family(name)
-    process = cls(torch.zeros_like, cls.Config(), 2)  # the network is never called
+    process = cls(lambda x, **how: x, cls.Config(), 2)  # the network is never called
     source = inspect.getsource(cls.Config).splitlines()
     fields = {}
     for f in dataclasses.fields(cls.Config):

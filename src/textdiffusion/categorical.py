@@ -25,16 +25,19 @@ def draw(log_p: Tensor, uniform: Tensor) -> Tensor:
         UserError: log_p is not a number, as that of a network gone astray.
     """
     p = log_p.double()
-    p = (p - p.amax(-1, keepdim=True)).exp_()
+    highest = p.amax(-1, keepdim=True)
+    p = (p - highest if p is log_p else p.sub_(highest)).exp_()
     cdf = p.cumsum(-1)
     if bool(cdf[:, -1].isnan().any()):
         raise UserError("the network's output is not a number; its weights are damaged, or training went astray")
-    # uniform < 1 makes the target smaller than the last entry; the rounding of the product is caught by the clamp
-    # to the last index with mass.
     target = uniform.unsqueeze(-1) * cdf[:, -1:]
     index = torch.searchsorted(cdf, target, right=True).squeeze(-1)
-    last = p.shape[-1] - 1 - (p > 0).flip(-1).to(torch.uint8).argmax(-1)
-    return torch.minimum(index, last)
+    # uniform < 1 makes the target smaller than the last entry; where the product was rounded up to it, the last index
+    # with mass is meant.
+    if bool((index == p.shape[-1]).any()):
+        last = p.shape[-1] - 1 - (p > 0).flip(-1).to(torch.uint8).argmax(-1)
+        index = torch.minimum(index, last)
+    return index
 
 
 def reshape_law(

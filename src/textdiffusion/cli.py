@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before a verb needs it, so that --help answers at once."""
+"""The command line. Torch is not imported before all is refused that can be refused without it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from textdiffusion import __version__
 from textdiffusion.errors import UserError
+from textdiffusion.settings import check_device, check_writing
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from textdiffusion.config import RunConfig
     from textdiffusion.fit import Stopped
     from textdiffusion.model import Model
-    from textdiffusion.run import RunConfig
 
 DEMO_MINUTES = 2.0
 
@@ -135,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         chosen = _parser().parse_args(arguments)
         chosen.given = [a for a in (sys.argv[1:] if arguments is None else arguments) if a.startswith("--")]
+        check_device(chosen.device)
         code = int(chosen.act(chosen))
         sys.stdout.flush()  # here, where a reader that has gone can be dealt with
         return code
@@ -176,6 +178,9 @@ def _console(quiet: bool = False) -> Console:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    from textdiffusion.presets import demo_config
+
+    demo_config(args.minutes, args.seed)  # refuses what is out of range
     from textdiffusion.demo import demo
 
     return demo(args.minutes, args.seed, args.out, args.device)
@@ -185,10 +190,15 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from textdiffusion.config import check_new, new_run_path
+    from textdiffusion.data import check_source
     from textdiffusion.presets import DEFAULT_LENGTH, configure
 
     if args.resume:
         return _resume(args)
+    check_source(args.data)
+    if args.out is not None and not args.dry_run:
+        check_new(args.out)
     config = configure(
         family=args.family, data=args.data, text_field=args.text_field, tokenizer=args.tokenizer,
         length=DEFAULT_LENGTH if args.length is None else args.length, preset=args.preset, depth=args.depth,
@@ -197,7 +207,7 @@ def _train(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if args.dry_run:
         return _dry_run(args, config)
-    from textdiffusion.model import new_run_path, pick_device
+    from textdiffusion.model import pick_device
     from textdiffusion.terminal import follow
 
     path = args.out or new_run_path(config.family, config.data.source)
@@ -205,14 +215,15 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _resume(args: argparse.Namespace) -> int:
-    from textdiffusion.model import pick_device
-    from textdiffusion.run import Run, newest_run
-    from textdiffusion.terminal import follow
+    from textdiffusion.config import newest_run, read_config
 
     # A resumed run is what its config.json says: a flag that would change it is refused, not ignored.
     _only(args, ("--resume", "--out", "--device", "--json"), "--resume goes on with a run as it was begun")
     path = args.out or newest_run()
-    config = Run.open(path).config
+    config = read_config(path)
+    from textdiffusion.model import pick_device
+    from textdiffusion.terminal import follow
+
     return _report(args, follow(config, path, True, pick_device(args.device), _console(args.json), args.json))
 
 
@@ -246,15 +257,20 @@ def _dry_run(args: argparse.Namespace, config: RunConfig) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
-    from textdiffusion.model import load
-
     if args.watch and args.reproducible:
         raise UserError("--watch shows one batch as it is; leave out --reproducible, or --watch")
-    model = load(args.run, args.device, args.precision)
+    check_writing(args.n, args.length, args.calls, args.temperature, args.top_p, args.prompt, args.infill)
+    if args.proofread is not None:
+        kept = ("--proofread", "--strength", "--calls", "--json", "--device", "--precision")
+        _only(args, kept, "--proofread mends the text that it is given")
+    elif "--strength" in args.given:
+        raise UserError("--strength belongs to --proofread; give both, or neither")
+    path = _run(args)
+    from textdiffusion.model import load
+
+    model = load(path, args.device, args.precision)
     if args.proofread is not None:
         return _proofread(args, model)
-    if "--strength" in args.given:
-        raise UserError("--strength belongs to --proofread; give both, or neither")
     how = {
         "sampler": args.sampler, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
         "prompt": args.prompt, "infill": args.infill, "stop": args.stop,
@@ -273,11 +289,18 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run(args: argparse.Namespace) -> Path:
+    """The run that is meant, if there is one whose config can be read."""
+    from textdiffusion.config import newest_run, read_config
+
+    path: Path = args.run or newest_run()
+    read_config(path)
+    return path
+
+
 def _proofread(args: argparse.Namespace, model: Model) -> int:
     from textdiffusion.terminal import changes
 
-    kept = ("--proofread", "--strength", "--calls", "--json", "--device", "--precision")
-    _only(args, kept, "--proofread mends the text that it is given")
     mended = model.proofread(args.proofread, args.strength, 8 if args.calls is None else args.calls)
     found = changes(args.proofread, mended)
     if args.json:
@@ -291,9 +314,6 @@ def _proofread(args: argparse.Namespace, model: Model) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from textdiffusion.model import load
-    from textdiffusion.report import report
-
     calls = _numbers(args.calls) if args.calls else []
     for name, value, least in (
         ("--eval-tokens", args.eval_tokens, 1),
@@ -302,7 +322,16 @@ def _eval(args: argparse.Namespace) -> int:
     ):
         if value is not None and value < least:
             raise UserError(f"{name} must be at least {least}, not {value}")
-    model: Model = load(args.run, args.device)
+    check_writing(None, args.length, None, args.temperature, args.top_p)
+    path = _run(args)
+    if args.data is not None:
+        from textdiffusion.data import check_source
+
+        check_source(args.data)
+    from textdiffusion.model import load
+    from textdiffusion.report import report
+
+    model: Model = load(path, args.device)
     result = report(
         model, data=args.data, split=args.split, calls=calls, sampler=args.sampler, tokens=args.eval_tokens,
         draws=args.draws, samples=args.samples, seed=args.seed, length=args.length, temperature=args.temperature,
@@ -331,12 +360,14 @@ def _numbers(text: str) -> list[int]:
 
 def _verify(args: argparse.Namespace) -> int:
     from textdiffusion.families import load_family, names
+
+    families = {name: load_family(name) for name in ([args.family] if args.family else names())}
     from textdiffusion.verification import verify
 
     found: dict[str, list[dict[str, Any]]] = {}
     failed = 0
-    for name in [args.family] if args.family else names():
-        family, found[name] = load_family(name), []
+    for name, family in families.items():
+        found[name] = []
         if not args.json:
             print(f"{name}\n{'':6}{'figure':>10} {'at most':>9}  check", flush=True)
         for check in verify(family):

@@ -145,6 +145,16 @@ def _read_source(source: str, text_field: str) -> tuple[list[str], str]:
     return documents, source if len(places) == 1 else f"{source} ({len(places)} files)"
 
 
+def check_source(source: str) -> None:
+    """Refuse a text that is not there, before anything is made ready for it.
+
+    Raises:
+        UserError: no such file, folder or glob; what is in them is seen when they are read.
+    """
+    if source != "pydoc" and not source.startswith("hf:"):
+        _find_files(source)
+
+
 def _pydoc_sections() -> list[str]:
     """The sections of Python's built-in help topics, from the shortest topic to the longest.
 

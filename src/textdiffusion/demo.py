@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from textdiffusion.config import RUNS
 from textdiffusion.model import load, pick_device
 from textdiffusion.presets import demo_config
-from textdiffusion.run import RUNS
 from textdiffusion.terminal import follow
 
 

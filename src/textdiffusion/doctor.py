@@ -6,38 +6,34 @@ import os
 import platform
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from textdiffusion import __version__
+from textdiffusion.config import RunConfig
 from textdiffusion.data import Windows, tokenize
 from textdiffusion.fit import prepare
 from textdiffusion.model import pick_device
 from textdiffusion.networks.transformer import Transformer
 from textdiffusion.noise import Noise
 from textdiffusion.process import count_parameters
-from textdiffusion.run import RunConfig, build
-from textdiffusion.training import Learner, fastest_precision, micro_batch_for, tune_allocator
+from textdiffusion.run import build
+from textdiffusion.training import Learner, fastest_precision, micro_batch_for, processor_name, tune_allocator
 
 
 def machine(device: str = "auto") -> dict[str, str]:
     """Facts about the machine, and the choices that would be made on it."""
     device = pick_device(device)
     precision = fastest_precision(torch.device(device))
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "textdiffusion": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": platform.platform(),
-        "processor": f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used by torch",
+        "processor": f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used by torch",
         "gpu": ", ".join(gpus) or "none that torch can use",
         "device": device,
         "precision": f"{precision}: measured on this machine, bfloat16 products are "

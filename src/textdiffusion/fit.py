@@ -14,13 +14,14 @@ from types import FrameType
 import torch
 
 from textdiffusion import card
+from textdiffusion.config import RunConfig
 from textdiffusion.data import Corpus, Windows, evaluation_windows, fingerprint, load_corpus, tokenize
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import Figure, evaluate
 from textdiffusion.networks.transformer import Transformer
 from textdiffusion.noise import Noise
 from textdiffusion.process import Process, count_parameters
-from textdiffusion.run import Run, RunConfig, build
+from textdiffusion.run import Run, build
 from textdiffusion.sampling import sample
 from textdiffusion.tokenizer import Tokenizer
 from textdiffusion.tokenizer import build as build_tokenizer

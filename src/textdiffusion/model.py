@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from textdiffusion.config import RunConfig, new_run_path, newest_run, read_config
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import evaluate
 from textdiffusion.families import family, names
@@ -21,16 +21,16 @@ from textdiffusion.networks.transformer import Transformer
 from textdiffusion.noise import Noise
 from textdiffusion.presets import configure
 from textdiffusion.process import Process, State
-from textdiffusion.run import RUNS, Run, RunConfig, newest_run
+from textdiffusion.run import Run
 from textdiffusion.sampling import sample
+from textdiffusion.settings import LONGEST, Precision, check_device, check_writing
 from textdiffusion.template import Template, encode, gaps, prompt
 from textdiffusion.tokenizer import Tokenizer
-from textdiffusion.training import Precision, fastest_precision, tune_allocator
+from textdiffusion.training import fastest_precision, tune_allocator
 from textdiffusion.watching import TextFrame, watch
 
 BATCH = 32  # texts denoised together
 FIXED_BATCH = 8  # the same, where shapes must not depend on how many texts are asked for
-LONGEST = 1_000_000  # tokens; more is a slip of the finger
 
 
 class Model:
@@ -70,8 +70,7 @@ class Model:
         return int(self.config.network["window"])
 
     def _check_length(self, length: int) -> None:
-        if not 1 <= length <= LONGEST:
-            raise UserError(f"--length must be from 1 to {LONGEST:,}, not {length}")
+        check_writing(length=length)
         if self.process.bounded and length > self.window:
             free = [n for n in names() if not family(n).bounded]
             raise UserError(
@@ -80,8 +79,6 @@ class Model:
             )
 
     def _template(self, length: int | None, begin: str | None, infill: str | None) -> Template | None:
-        if begin is not None and infill is not None:
-            raise UserError("give --prompt or --infill, not both: a template can begin with the prompt")
         if infill is not None:
             template = gaps(infill, self.tokenizer)
         elif begin is not None and begin != "":
@@ -126,17 +123,13 @@ class Model:
         Raises:
             UserError: a value out of range, or something that the family cannot do.
         """
-        for name, value, low in (("-n", n, 1), ("--calls", calls, 1), ("--temperature", temperature, 0)):
-            if value is not None and not low <= value <= LONGEST:
-                raise UserError(f"{name} must be from {low} to {LONGEST:,}, not {value:g}")
+        check_writing(n, None, calls, temperature, top_p, prompt, infill)
         if stop and self.process.infills:
             able = [name for name in names() if not family(name).infills]
             raise UserError(
                 f"the {self.config.family} family writes all of a text at once and cannot stop at its end; leave out "
                 f"--stop, or use a run of: {', '.join(able)}"
             )
-        if top_p is not None and not 0 < top_p <= 1:
-            raise UserError(f"--top-p must be above 0 and at most 1, not {top_p:g}")
         template = self._template(length, prompt, infill)
         if template is not None:
             length = len(template)
@@ -177,8 +170,7 @@ class Model:
                 batches of exactly eight, of which what is not asked for is thrown away. Else only the draws are the
                 same, and a draw that falls on the edge between two tokens may go either way.
         """
-        if n < 1:
-            raise UserError(f"-n must be at least 1, not {n}")
+        check_writing(n)
         if reproducible and self.precision != "fp32":
             return Model(self.process, self.tokenizer, self.config, self.device, "fp32").sample_counted(
                 n, length, calls, reproducible=True, **how
@@ -267,12 +259,11 @@ def pick_device(device: str) -> str:
     Raises:
         UserError: the device is not there.
     """
+    check_device(device)
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA GPU that torch can use here; try --device cpu, or `textdiffusion doctor`")
-    if device == "mps":
-        raise UserError("draws are made in float64, which Apple GPUs lack; use --device cpu")
     return device
 
 
@@ -290,15 +281,6 @@ def load(path: str | Path | None = None, device: str = "auto", precision: Precis
     return Model(run.load(device), run.tokenizer, run.config, device, precision)
 
 
-def new_run_path(family_name: str, data: str) -> Path:
-    """A name under runs/ that is not taken."""
-    stem = f"{family_name}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(data).stem).strip('-') or 'text'}"
-    number = 1
-    while (path := RUNS / (stem if number == 1 else f"{stem}-{number}")).exists():
-        number += 1
-    return path
-
-
 def train(out: str | Path | None = None, device: str = "auto", resume: bool = False, **flags: Any) -> Model:
     """Train a model and load it; arguments as in `presets.configure` (family, data, tokenizer, length, depth, steps,
     minutes, seed, settings). Prints nothing; use the command line, or `fit.fit`, to see it learn.
@@ -312,7 +294,7 @@ def train(out: str | Path | None = None, device: str = "auto", resume: bool = Fa
                 f"resume goes on with a run as it was begun; leave out {next(iter(flags))}, or start a new run"
             )
         path = Path(out) if out is not None else newest_run()
-        config = Run.open(path).config
+        config = read_config(path)
     else:
         config = configure(**flags)
         path = Path(out) if out is not None else new_run_path(config.family, config.data.source)

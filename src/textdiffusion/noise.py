@@ -15,8 +15,9 @@ made on the host, in float64, and moved to the device.
 
 from __future__ import annotations
 
+import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,6 +27,15 @@ from torch import Tensor
 _MASK64 = (1 << 64) - 1
 # A row number that no batch can hold: the stream that all rows of a step share.
 _SHARED = _MASK64
+_kept = threading.local()
+
+
+def _this_threads_generator() -> np.random.Generator:
+    """Made once: a new one gathers entropy from the system, which takes longer than the draws of a row."""
+    if not hasattr(_kept, "generator"):
+        _kept.generator = np.random.Generator(np.random.Philox(0))
+    generator: np.random.Generator = _kept.generator
+    return generator
 
 
 @dataclass(frozen=True)
@@ -61,32 +71,30 @@ class Noise:
             index = index.cpu().numpy()
         return replace(self, rows=self.rows[index])
 
-    def _generator(self, tag: str, row: int) -> np.random.Generator:
+    def _streams(self, tag: str, rows: Iterable[int]) -> Iterator[np.random.Generator]:
+        """A generator at the start of each row's stream; one object, to be used before the next is asked for."""
+        generator = _this_threads_generator()
         # Philox has a 128-bit key and a 256-bit counter whose lowest word counts the stream itself.
+        counter = np.array([0, 0, self.step & _MASK64, 0], dtype=np.uint64)
         key = np.array([self.seed & _MASK64, zlib.crc32(tag.encode())], dtype=np.uint64)
-        counter = np.array([0, row & _MASK64, self.step & _MASK64, 0], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=key, counter=counter))
-
-    def _streams(self, tag: str) -> Iterator[np.random.Generator]:
-        """``_generator`` for each of the rows; one object set to the start of each stream in turn, which is cheaper."""
-        generator = self._generator(tag, 0)
-        start = generator.bit_generator.state
-        for row in self.rows:
-            start["state"]["counter"][1] = int(row) & _MASK64
+        nothing_kept = {"buffer": np.zeros(4, np.uint64), "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+        start = {"bit_generator": "Philox", "state": {"counter": counter, "key": key}} | nothing_kept
+        for row in rows:
+            counter[1] = int(row) & _MASK64
             generator.bit_generator.state = start
             yield generator
 
     def uniform(self, tag: str, *shape: int) -> Tensor:
         """Uniform draws in [0, 1), float64 [B, *shape]."""
         out = np.empty((len(self.rows), *shape))
-        for i, stream in enumerate(self._streams(tag)):
+        for i, stream in enumerate(self._streams(tag, self.rows)):
             out[i] = stream.random(shape)
         return torch.from_numpy(out).to(self.device)
 
     def normal(self, tag: str, *shape: int) -> Tensor:
         """Standard normal draws, float64 [B, *shape]."""
         out = np.empty((len(self.rows), *shape))
-        for i, stream in enumerate(self._streams(tag)):
+        for i, stream in enumerate(self._streams(tag, self.rows)):
             out[i] = stream.standard_normal(shape)
         return torch.from_numpy(out).to(self.device)
 
@@ -100,9 +108,9 @@ class Noise:
         stride = max(1, round(total * 0.6180339887498949))
         while np.gcd(stride, total) != 1:
             stride += 1
-        shift = int(self._generator(tag, _SHARED).integers(total))
+        (shift,) = (int(stream.integers(total)) for stream in self._streams(tag, (_SHARED,)))
         stratum = (self.rows % total * stride + shift) % total
-        jitter = np.array([stream.random() for stream in self._streams(tag)])
+        jitter = np.array([stream.random() for stream in self._streams(tag, self.rows)])
         # A jitter just under one could round the quotient up to 1.
         times = np.minimum((stratum + jitter) / total, np.nextafter(1.0, 0.0))
         return torch.from_numpy(times).to(self.device)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from textdiffusion.config import RunConfig, override
 from textdiffusion.data import DataConfig
 from textdiffusion.errors import UserError
+from textdiffusion.families import check as check_family
 from textdiffusion.families import family as find_family
-from textdiffusion.run import RunConfig, override
-from textdiffusion.training import TrainingConfig
+from textdiffusion.settings import TrainingConfig
+from textdiffusion.tokenizer import check_kind
 
 # Blocks. Sizes are for budgets: tiny for minutes of a laptop, small for an hour, base for a GPU.
 PRESETS = {"tiny": 3, "small": 6, "base": 12}
@@ -57,7 +59,8 @@ def configure(
     Raises:
         UserError: a value that makes no sense, naming what would.
     """
-    cls = find_family(family)
+    check_family(family)
+    check_kind(tokenizer)
     if preset is not None and preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}, not {preset!r}")
     if not 1 <= length <= 1_000_000:
@@ -70,8 +73,7 @@ def configure(
         chosen = depth
     else:
         chosen = PRESETS[preset] if preset else depth_for(minutes)
-    # What stands before a position is there in full only where text is written from left to right (docs/results.md).
-    size = shape(chosen) | {"ngrams": 0 if cls.infills else 5}
+    size = shape(chosen)
     # Matrices are taught by Muon, whose steps are scaled to their shape; AdamW's rate falls with the width.
     batch = max(1, min(BATCH, STEP_TOKENS // length))
     training = TrainingConfig(steps=steps, minutes=minutes, seed=seed, batch=batch)
@@ -83,7 +85,10 @@ def configure(
         network=size | {"window": length},
         training=training,
     )
-    return override(config, settings or [])
+    config = override(config, settings or [])
+    # What stands before a position is there in full only where text is written from left to right (docs/results.md).
+    config.network.setdefault("ngrams", 0 if find_family(family).infills else 5)
+    return config
 
 
 def demo_config(minutes: float, seed: int) -> RunConfig:

@@ -134,6 +134,9 @@ class Step(ABC):
     note: ClassVar[str]  # one line for the user
     # True: the step is the noise's chain reversed, each position on its own: sum over v of p(v | x_t) q(x_s | x_t, v).
     reverses: ClassVar[bool] = False
+    # True: the law of a position follows from one prediction, the one there; so positions can be worked out a few at a
+    # time from one network call, where all at once would fill the memory.
+    apart: ClassVar[bool] = False
 
     @abstractmethod
     def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:

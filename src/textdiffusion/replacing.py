@@ -113,7 +113,12 @@ class Replacing(Process):
 
     def marginal(self, token: Tensor, alpha: Tensor) -> Tensor:
         """alpha token + (1 - alpha) base [... S] for laws of a token [... V]."""
-        return alpha * pad(token, (0, len(self.base) - self.vocabulary)) + (1 - alpha) * self.base.to(token.device)
+        return alpha * self.with_mask(token) + (1 - alpha) * self.base.to(token.device)
+
+    def with_mask(self, token: Tensor) -> Tensor:
+        """A law of a token [... V] as one of symbols [... S]; the same tensor if there is no [MASK]."""
+        more = len(self.base) - self.vocabulary
+        return pad(token, (0, more)) if more else token
 
     # -- the network ----------------------------------------------------------------------------------------------
     def times(self, state: State) -> Tensor:
@@ -151,8 +156,14 @@ class Replacing(Process):
 
     def denoiser(self, state: State, asked: Tensor, context: Tensor) -> Tensor:
         """log p(x_0 | x_t) [N V] from the log of context laws [N V]: the symbols' own evidence is added."""
-        own = self.evidence(state.x[asked].unsqueeze(-1), self.noise_times(state)[asked]).squeeze(1)
-        return (context + own).log_softmax(-1)
+        # The evidence speaks for one token, and of all others alike: a number each, not a table of logarithms.
+        x, alpha = state.x[asked], self.schedule.alpha(self.noise_times(state)[asked].double())
+        other = (1 - alpha) * self.base.to(x.device)[x]
+        own = torch.where(x < self.vocabulary, alpha + other, other)
+        token = x.clamp(max=self.vocabulary - 1).unsqueeze(-1)
+        log_p = context + other.log().unsqueeze(-1)
+        log_p.scatter_(-1, token, context.gather(-1, token) + own.log().unsqueeze(-1))
+        return log_p.log_softmax(-1)
 
     def ideal_context(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
         """log c [B L V] of a world for what a network sees."""
@@ -220,8 +231,10 @@ class Replacing(Process):
 
     def bridge(self, at_s: Tensor, x_t: Tensor, stay: Tensor) -> Tensor:
         """p(x_s | x_t) ~ m_s(x_s) q(x_t | x_s), float64 [N S], for marginals at s [N S], symbols [N] and stay [N 1]."""
-        back = stay * one_hot(x_t, len(self.base)) + (1 - stay) * self.base.to(x_t.device)[x_t].unsqueeze(-1)
-        law = at_s.clamp(min=0) * back
+        here, other = x_t.unsqueeze(-1), (1 - stay) * self.base.to(x_t.device)[x_t].unsqueeze(-1)
+        law = at_s.clamp(min=0)
+        kept = law.gather(-1, here) * (stay + other)
+        law = law.mul_(other).scatter_(-1, here, kept)
         return law / law.sum(-1, keepdim=True).clamp(min=SMALLEST)
 
     def plan(self, free: Tensor, calls: int, sampler: str) -> Sequence[float]:
@@ -253,6 +266,7 @@ class Bridge(Step):
 
     note = "the reversed chain, each position on its own; has a T-call bound"
     reverses = True
+    apart = True
 
     def __init__(self, process: Replacing):
         self.process = process
@@ -271,16 +285,19 @@ class Bridge(Step):
         process, row = self.process, asked.nonzero()[:, 0]
         alpha_s, alpha_t = process.alpha(s)[row], process.alpha(state.t)[row]
         stay, base = alpha_t / alpha_s, process.base.to(row.device)
-        context = outlook.context.exp()
-        # What of the marginal is text is exchanged for its reshaped law; the rest, free rates included, is kept.
-        text = (outlook.marginal - (1 - alpha_t) * base)[:, : process.vocabulary].clamp(min=0).sum(-1, keepdim=True)
-        change = pad(text * (reshape(outlook.context).exp() - context), (0, len(base) - process.vocabulary))
-        at_s = (outlook.marginal + change - (1 - stay) * base) / stay.clamp(min=SMALLEST)
-        # Where hardly anything of the marginal is text, its digits are lost: the context itself says what to write.
-        fresh = process.marginal(reshape(outlook.context).exp(), alpha_s)
-        at_s = torch.where(alpha_t > 1e-6, at_s, fresh)
-        # Free ratios can ask for less than nothing; a law that gave such symbols no chance would have no finite bound.
-        at_s = torch.where(at_s < -1e-12, 1e-4 * alpha_s * base, at_s)
+        marginal, reshaped = outlook.marginal, reshape(outlook.context)
+        if reshaped is not outlook.context:
+            # What of the marginal is text is exchanged for its reshaped law; the rest, free rates included, is kept.
+            text = (marginal - (1 - alpha_t) * base)[:, : process.vocabulary].clamp(min=0).sum(-1, keepdim=True)
+            marginal = marginal + process.with_mask(text * (reshaped.exp() - outlook.context.exp()))
+        at_s = (marginal - (1 - stay) * base).div_(stay.clamp(min=SMALLEST))
+        if bool((lost := alpha_t <= 1e-6).any()):
+            # Where hardly anything of the marginal is text, its digits are lost: the context itself says what to write.
+            at_s = torch.where(lost, process.marginal(reshaped.exp(), alpha_s), at_s)
+        if bool((less := at_s < -1e-12).any()):
+            # Free ratios can ask for less than nothing; a law that gave such symbols no chance would have no finite
+            # bound.
+            at_s = torch.where(less, 1e-4 * alpha_s * base, at_s)
         if len(base) > process.vocabulary:
             # The last step leaves no position open, whatever the rates say.
             symbols = torch.arange(len(base), device=row.device)

@@ -12,135 +12,28 @@ Files are written beside and renamed, so none is ever half there; nothing is pic
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from textdiffusion.data import DataConfig
+from textdiffusion.config import RunConfig, check_new, read_config
 from textdiffusion.errors import UserError
 from textdiffusion.families import family
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
 from textdiffusion.process import Process
+from textdiffusion.settings import with_fields
 from textdiffusion.tokenizer import Tokenizer
-from textdiffusion.training import Learner, TrainingConfig
+from textdiffusion.training import Learner
 
-RUNS = Path("runs")
 KEEP = 2  # checkpoints
-
-
-@dataclass
-class RunConfig:
-    """What a run is. ``vocabulary`` and ``start`` are filled in once the tokenizer is there."""
-
-    family: str = "masked"
-    tokenizer: str = "char"
-    data: DataConfig = field(default_factory=DataConfig)
-    network: dict[str, Any] = field(default_factory=dict)  # fields of TransformerConfig
-    process: dict[str, Any] = field(default_factory=dict)  # fields of the family's Config
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=1))
-    vocabulary: int = 0
-    start: int = 0
-    text: str = ""  # hash of the text it was trained on, so that held-out text stays held out
-
-    def to_json(self) -> str:
-        body = {"model_type": "textdiffusion", "format": 1} | dataclasses.asdict(self)
-        return json.dumps(body, indent=2) + "\n"
-
-
-def with_fields(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """Build a config dataclass; a wrong name or type is one clear line.
-
-    Raises:
-        UserError: naming the field and what it may be.
-    """
-    if not isinstance(values, Mapping):
-        raise UserError(f"{where} must be a group of fields, not {values!r}")
-    hints = get_type_hints(cls)
-    fields = [f.name for f in dataclasses.fields(cls)]
-    for name, value in values.items():
-        if name not in fields:
-            raise UserError(f"there is no field {where}.{name}; {where} has: {', '.join(fields) or 'no fields'}")
-        if not _fits(value, hints[name]):
-            raise UserError(f"{where}.{name} must be {_wanted(hints[name])}, not {value!r}")
-    try:
-        return cls(**values)
-    except TypeError:
-        missing = [f.name for f in dataclasses.fields(cls) if f.name not in values]
-        raise UserError(f"{where} lacks fields; it needs some of: {', '.join(missing)}") from None
-
-
-def _fits(value: object, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint) and isinstance(value, str)
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
-    kind = get_origin(hint) or hint
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, int | float if kind is float else kind)
-
-
-def _wanted(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return " or ".join(map(str, get_args(hint)))
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_wanted(part) for part in get_args(hint))
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}.get(
-        hint, getattr(hint, "__name__", str(hint))
-    )
-
-
-def override(config: RunConfig, settings: list[str]) -> RunConfig:
-    """Apply ``part.key=value`` settings (YAML values) to a config.
-
-    Raises:
-        UserError: a setting that cannot be read or names no field.
-    """
-    parts: dict[str, dict[str, Any]] = {"network": dict(config.network), "process": dict(config.process)}
-    for name in ("data", "training"):
-        parts[name] = dataclasses.asdict(getattr(config, name))
-    for setting in settings:
-        path, equals, text = setting.partition("=")
-        part, dot, key = path.partition(".")
-        if not (equals and dot) or part not in parts:
-            raise UserError(f"--set takes {'|'.join(parts)}.field=value, not {setting!r}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"--set {path}: cannot read the value {text!r}") from None
-        kinds = {"network": TransformerConfig, "process": family(config.family).Config}
-        kinds |= {"data": DataConfig, "training": TrainingConfig}
-        if get_type_hints(kinds[part]).get(key) is str:
-            value = text  # a field name such as "no" is not YAML's false
-        if isinstance(value, str) and get_type_hints(kinds[part]).get(key) is not str:
-            # YAML 1.1 takes 3e-3 for a string.
-            with contextlib.suppress(ValueError):
-                value = float(value)
-        parts[part][key] = value
-    cls = family(config.family)
-    decided = cls.network_fields(with_fields(cls.Config, parts["process"], "process"), 1)
-    for name in decided.keys() & parts["network"].keys():
-        raise UserError(f"network.{name} is decided by the {config.family} family and cannot be set")
-    with_fields(TransformerConfig, parts["network"] | decided, "network")
-    return dataclasses.replace(
-        config,
-        network=parts["network"],
-        process=parts["process"],
-        data=with_fields(DataConfig, parts["data"], "data"),
-        training=with_fields(TrainingConfig, parts["training"], "training"),
-    )
 
 
 def build(config: RunConfig) -> Process:
@@ -194,12 +87,8 @@ class Run:
         Raises:
             UserError: there is a run there already.
         """
-        if (path / "config.json").exists():
-            raise UserError(f"{path} holds a run already; add --resume to go on with it, or choose another --out")
+        check_new(path)
         path.mkdir(parents=True, exist_ok=True)
-        ours = {"tokenizer.json", "tokenizer_config.json"}  # left by a run killed at its very start
-        if others := [p.name for p in path.iterdir() if p.name not in ours and not p.name.startswith(".")]:
-            raise UserError(f"{path} holds other files ({others[0]}, ...); choose an empty or a new folder for --out")
         tokenizer.save(path)
         write(path / "config.json", config.to_json())
         return Run(path, config, tokenizer)
@@ -211,27 +100,10 @@ class Run:
         Raises:
             UserError: there is none, or its config cannot be read.
         """
-        file = path / "config.json"
-        if not file.exists():
-            raise UserError(
-                f"{path} is no run: it has no config.json; train one with `textdiffusion train --out {path}`"
-            )
-        try:
-            body = json.loads(file.read_text(encoding="utf-8"))
-            assert isinstance(body, dict)
-        except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, RecursionError):
-            raise UserError(f"{file} is damaged: it is not a JSON object; restore it or train again") from None
-        body = {k: v for k, v in body.items() if k not in ("model_type", "format")}
-        for part, cls in (("data", DataConfig), ("training", TrainingConfig)):
-            if part in body:
-                body[part] = with_fields(cls, body[part], f"{file}: {part}")
-        config: RunConfig = with_fields(RunConfig, body, str(file))
-        family(config.family)
+        config = read_config(path)
         tokenizer = Tokenizer.load(path)
         if tokenizer.vocabulary != config.vocabulary or not 0 <= config.start < config.vocabulary:
             raise UserError(f"{path}/tokenizer.json does not belong to this run: it has {tokenizer.vocabulary} tokens")
-        if not isinstance(config.network.get("window"), int):
-            raise UserError(f"{file} lacks network.window, a whole number; restore it or train again")
         return Run(path, config, tokenizer)
 
     def save_weights(self, network: torch.nn.Module) -> None:
@@ -319,20 +191,3 @@ class Run:
                 if json.loads(line).get("step", 0) <= step:
                     kept.append(line + "\n")
         write(file, "".join(kept))
-
-
-def newest_run(root: Path = RUNS) -> Path:
-    """The run under ``root`` that was changed last.
-
-    Raises:
-        UserError: there is none.
-    """
-
-    def changed(config: Path) -> float:
-        files = (config, config.with_name("model.safetensors"), config.with_name("metrics.jsonl"))
-        return max(f.stat().st_mtime for f in files if f.exists())
-
-    found = sorted(root.glob("*/config.json"), key=changed)
-    if not found:
-        raise UserError(f"there is no run under {root}/; train one with `textdiffusion train`, or name a run directory")
-    return found[-1].parent

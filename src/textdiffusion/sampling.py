@@ -47,6 +47,29 @@ class Counted:
         return getattr(self.network, name)
 
 
+# Probabilities worked out together: a step has some ten tables of them in float64 at a time, about what a cache holds.
+TOGETHER = 2**19
+
+
+class _Once:
+    """A network that is evaluated once, at the ``asked`` positions [B L], and answers from that for some of them."""
+
+    def __init__(self, network: Callable[..., Tensor], asked: Tensor):
+        self.network, self.asked = network, asked
+        self.read: tuple[Any, ...] = ()
+        self.out: Tensor | None = None
+
+    def __call__(self, *args: Any, positions: Tensor, **kwargs: Any) -> Tensor:
+        if self.out is None:
+            self.read, self.out = args, self.network(*args, positions=self.asked, **kwargs)
+        elif not all(a is b or torch.equal(a, b) for a, b in zip(args, self.read, strict=True)):
+            raise ValueError("a step whose family calls the network twice must not say apart = True")
+        return self.out[positions[self.asked]]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.network, name)
+
+
 @torch.inference_mode()
 def sample(
     process: Process,
@@ -134,10 +157,10 @@ def sample(
         if bool(asking.any()):
             some = asking.nonzero().squeeze(-1)
             if len(some) == len(asking):
-                state, probability = _advance(process, step, state, asked, s, now, reshape, condition, active)
+                state, probability = _in_parts(process, step, state, asked, s, now, reshape, condition, active)
             else:
                 # Rows for which nothing would change are not evaluated.
-                part, chance = _advance(
+                part, chance = _in_parts(
                     process, step, state.select(some), asked[some], s[some], now.select(some),
                     reshape, condition, active[some],
                 )  # fmt: skip
@@ -172,6 +195,32 @@ def _cut(written: Tensor, fixed: Tensor, until: int) -> Tensor:
     behind = torch.arange(written.shape[1], device=written.device) > first.unsqueeze(-1)
     written.masked_fill_(behind & ended.unsqueeze(-1), -1)
     return ended
+
+
+def _in_parts(
+    process: Process,
+    step: Step,
+    state: State,
+    asked: Tensor,
+    s: Tensor,
+    noise: Noise,
+    reshape: Reshape,
+    condition: Tensor | None,
+    rows: Tensor,
+) -> tuple[State, Tensor]:
+    """``_advance``, a few positions at a time where the laws of all would be large and each stands by itself; the
+    network is called once, and every number is the same."""
+    size = max(1, TOGETHER // process.vocabulary)
+    parts = asked.flatten().nonzero().squeeze(-1).split(size)
+    if len(parts) <= 1 or not step.apart or process.remembers:
+        return _advance(process, step, state, asked, s, noise, reshape, condition, rows)
+    process = process.over(_Once(process.network, asked))
+    x, probability = state.x.clone(), torch.zeros(asked.shape, dtype=torch.float64, device=state.x.device)
+    for part in parts:
+        chosen = torch.zeros_like(asked).view(-1).index_fill_(0, part, True).view(asked.shape)
+        after, chance = _advance(process, step, state, chosen, s, noise, reshape, condition, rows)
+        x[chosen], probability[chosen] = after.x[chosen], chance[chosen]
+    return replace(state, x=x, t=s), probability
 
 
 def _advance(

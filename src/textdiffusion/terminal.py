@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from textdiffusion.config import RunConfig
 from textdiffusion.fit import Event, Started, Stepped, Stopped, Validated, fit
-from textdiffusion.run import RunConfig
 from textdiffusion.watching import one_line
 
 PLAIN_EVERY = 10.0  # seconds between two progress lines over a pipe

@@ -230,22 +230,33 @@ class Tokenizer:
             raise UserError(f"{file} cannot be read as a tokenizer: {_first_line(error)}") from error
 
 
+def check_kind(kind: str) -> None:
+    """Refuse what names no tokenizer.
+
+    Raises:
+        UserError: an unknown kind, or a BPE vocabulary too small for the 256 bytes.
+    """
+    name, _, argument = kind.partition(":")
+    if name == "bpe" and argument.isdecimal() and len(argument) < 8:
+        if int(argument) <= 257:
+            raise UserError(f"{kind} is too small: the 256 bytes and end-of-text need 257 tokens; use bpe:258 or more")
+    elif kind not in ("char", "byte") and not (name == "hf" and argument):
+        raise UserError(f"unknown tokenizer {kind!r}; use {KINDS}")
+
+
 def build(kind: str, documents: Iterable[str]) -> Tokenizer:
     """Make the tokenizer called `kind`, from the text of `documents` where the kind learns from text.
 
     Raises UserError for an unknown kind, a BPE vocabulary too small for the 256 bytes, no text to learn from, or a
     Hugging Face tokenizer that cannot be found or downloaded.
     """
+    check_kind(kind)
     name, _, argument = kind.partition(":")
     if kind == "char":
         return _build_char(documents)
     if kind == "byte":
         return _byte_level_bpe("byte", _SYMBOLS, [])
-    if name == "bpe" and argument.isdecimal() and len(argument) < 8:
-        return _build_bpe(int(argument), documents)
-    if name == "hf" and argument:
-        return _find_hugging_face(argument)
-    raise UserError(f"unknown tokenizer {kind!r}; use {KINDS}")
+    return _build_bpe(int(argument), documents) if name == "bpe" else _find_hugging_face(argument)
 
 
 def _build_char(documents: Iterable[str]) -> Tokenizer:
@@ -260,8 +271,6 @@ def _build_char(documents: Iterable[str]) -> Tokenizer:
 
 
 def _build_bpe(size: int, documents: Iterable[str]) -> Tokenizer:
-    if size <= 257:
-        raise UserError(f"bpe:{size} is too small: the 256 bytes and end-of-text need 257 tokens; use bpe:258 or more")
     learner = tokenizers.Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(

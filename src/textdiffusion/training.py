@@ -25,55 +25,7 @@ from textdiffusion.data import cache_folder
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import Process
-
-Precision = Literal["auto", "bf16", "fp32"]
-
-
-@dataclass
-class TrainingConfig:
-    """How to train. Shares are of the whole training, be it counted in steps or in minutes."""
-
-    steps: int | None = None  # optimiser steps; exactly resumable
-    minutes: float | None = None  # or wall-clock time
-    batch: int = 32  # windows in an optimiser step, over all micro-batches and processes
-    micro_batch: int | None = None  # windows in one forward and backward pass; None: what suits this machine's cache
-    matrix_rate: float = 0.01  # learning rate of Muon, for the matrices inside the blocks
-    rate: float = 0.012  # learning rate of AdamW, for all else
-    weight_decay: float = 0.0
-    momentum: float = 0.95
-    beta2: float = 0.98
-    clip: float = 1.0  # largest norm of the gradient
-    warmup: float = 0.02  # share over which the rates rise
-    cooldown: float = 0.5  # share over which they fall to zero at the end
-    average: float = 0.05  # horizon of the weight average as a share of the steps made so far
-    precision: Precision = "auto"
-    compile: bool = False  # fuse elementwise work with torch.compile, which needs a C++ compiler on a CPU
-    evaluations: int = 20  # validations over the training
-    checkpoint_seconds: float = 60.0  # between two checkpoints
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if (self.steps is None) == (self.minutes is None):
-            raise UserError("give either training.steps or training.minutes")
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"--steps must be at least 1, not {self.steps}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise UserError(f"--minutes must be above 0, not {self.minutes:g}")
-        if self.minutes is not None and not self.minutes <= 1e6:
-            raise UserError(f"--minutes must be at most a million, not {self.minutes:g}")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed must be from 0 to 2^63 - 1, not {self.seed}")
-        for name, low, high in (
-            ("batch", 1, 1e9), ("micro_batch", 1, 1e9), ("evaluations", 1, 1e6), ("matrix_rate", 0, 10),
-            ("rate", 0, 10), ("weight_decay", 0, 1), ("momentum", 0, 0.9999), ("beta2", 0, 0.999999),
-            ("clip", 1e-9, 1e9), ("warmup", 0, 1), ("cooldown", 0, 1), ("average", 1e-6, 1),
-            ("checkpoint_seconds", 0, 1e9),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise UserError(f"training.{name} must be from {low:g} to {high:g}, not {value}")
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise UserError(f"training.precision must be auto, bf16 or fp32, not {self.precision!r}")
+from textdiffusion.settings import TrainingConfig
 
 
 def last_cache() -> int:
@@ -112,6 +64,15 @@ def tune_allocator() -> None:
         mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
+def processor_name() -> str:
+    """What the system calls its processor."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def fastest_precision(device: torch.device) -> Literal["bf16", "fp32"]:
     """Measure, in a few milliseconds, whether this machine multiplies bfloat16 clearly faster than float32.
 
@@ -119,7 +80,8 @@ def fastest_precision(device: torch.device) -> Literal["bf16", "fp32"]:
     same precision however busy the machine is.
     """
     place = cache_folder() / "precision.json"
-    key = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {torch.__version__} {device}"
+    # By its name: of two processors of one capability, one may have units for bfloat16 products and one may not.
+    key = f"{processor_name()} {torch.backends.cpu.get_cpu_capability()} {torch.__version__} {device}"
     try:
         known = json.loads(place.read_text(encoding="utf-8"))
         if known[key] in ("bf16", "fp32"):

@@ -6,15 +6,18 @@ import io
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console, Group
-from rich.live import Live
-from rich.panel import Panel
-from rich.text import Text
 
 from textdiffusion.sampling import Frame
 from textdiffusion.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    # At run time where something is shown: samples that are only printed need not wait for it.
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
 
 BLANK = "░"  # a position where nothing is written yet
 NEWLINE = "⏎"
@@ -76,6 +79,8 @@ def painted(frame: TextFrame, row: int, breaks: bool = True) -> Text:
 
     Line ends are shown by a symbol, and broken at if ``breaks``.
     """
+    from rich.text import Text
+
     text = Text()
     for i, piece in enumerate(frame.pieces[row]):
         if piece == BLANK:
@@ -94,6 +99,9 @@ def watch(frames: Iterable[TextFrame], console: Console | None = None, seconds: 
     In a terminal or a notebook the panel is redrawn in place, slowed down to about ``seconds`` in all; over a pipe
     about eight frames are printed as plain lines.
     """
+    from rich.console import Console
+    from rich.live import Live
+
     console = console or Console()
     last: TextFrame | None = None
     if console.is_jupyter:
@@ -127,6 +135,8 @@ def watch(frames: Iterable[TextFrame], console: Console | None = None, seconds: 
 
 def _html(frame: TextFrame) -> str:
     """The panel for a notebook."""
+    from rich.console import Console
+
     page = Console(record=True, file=io.StringIO(), width=100, force_terminal=True, force_jupyter=False,
                    color_system="truecolor")  # fmt: skip
     page.print(_panel(frame))
@@ -141,6 +151,10 @@ def _print_lines(frame: TextFrame) -> TextFrame:
 
 
 def _panel(frame: TextFrame) -> Panel:
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.text import Text
+
     now = frame.frame
     title = f"step {now.step}/{now.of} · noise {now.t:.2f} · {int(now.calls.max())} calls"
     texts: list[Text] = []

@@ -7,9 +7,13 @@ import importlib.util
 import pkgutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from textdiffusion.errors import UserError
-from textdiffusion.process import Process
+
+if TYPE_CHECKING:
+    # Not at run time: names can be listed, and a wrong one refused, without torch.
+    from textdiffusion.process import Process
 
 
 def names() -> list[str]:
@@ -17,14 +21,23 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def family(name: str) -> type[Process]:
-    """The family's class: the one Process that its file defines.
+def check(name: str) -> None:
+    """Refuse a name that is no family's.
 
     Raises:
         UserError: no such family; the line names those there are.
     """
     if name not in names():
         raise UserError(f"there is no family {name!r}; the families are: {', '.join(names())}")
+
+
+def family(name: str) -> type[Process]:
+    """The family's class: the one Process that its file defines.
+
+    Raises:
+        UserError: no such family.
+    """
+    check(name)
     return find_process(importlib.import_module(f"{__name__}.{name}"))
 
 
@@ -56,6 +69,8 @@ def load_family(name: str) -> type[Process]:
 
 def find_process(module: object) -> type[Process]:
     """The one Process class defined in a module."""
+    from textdiffusion.process import Process
+
     here = getattr(module, "__name__", "")
     found = {
         value

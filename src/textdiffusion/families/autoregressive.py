@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from textdiffusion.absorbing import Hiding, carry_over, hidden_evidence
+from textdiffusion.cross_entropy import token_nats
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import Context, Network, Nll, Prediction, State, as_network
@@ -114,8 +114,7 @@ class Autoregressive(Hiding):
 
     def _nats(self, x_0: Tensor, condition: Tensor | None = None) -> Tensor:
         logits = self.network(self._inputs(x_0), condition=condition)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), x_0.flatten(), reduction="none").view(x_0.shape).sum(-1)
+        return token_nats(logits.flatten(0, 1), x_0.flatten()).view(x_0.shape).sum(-1)
 
     def nll(self, x_0: Tensor, noise: Noise, calls: int | None = None) -> Nll:
         """Exact. Raises UserError for fewer calls than tokens: this family has no such sampler."""

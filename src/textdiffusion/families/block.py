@@ -34,6 +34,7 @@ from textdiffusion.absorbing import (
     hidden_evidence,
     mask_rates,
 )
+from textdiffusion.cross_entropy import token_nats
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import Context, Network, Nll, Prediction, State, as_network
@@ -164,8 +165,7 @@ class BlockDiffusion(Hiding):
         order = F.pad(noise.uniform("hide", length), (0, -length % size), value=2.0).unflatten(1, (-1, size))
         hidden = (order.argsort(-1).argsort(-1) < n.unsqueeze(-1)).flatten(1)[:, :length]
         logits = self._logits(x_0.masked_fill(hidden, self.mask), x_0, hidden, condition)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nats = F.cross_entropy(logits, x_0[hidden], reduction="none")
+        nats = token_nats(logits, x_0[hidden])
         place = torch.arange(n.numel(), device=x_0.device).view(n.shape).repeat_interleave(size, 1)[:, :length]
         return nats.new_zeros(n.numel()).index_add(0, place[hidden], nats).view(n.shape)
 

@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Literal, final
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from textdiffusion.absorbing import (
@@ -36,6 +35,7 @@ from textdiffusion.absorbing import (
     hiding_kernel,
     mask_rates,
 )
+from textdiffusion.cross_entropy import token_nats
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import Context, Network, Nll, Prediction, State, as_network
@@ -96,8 +96,7 @@ class Masked(Hiding):
     def _cross_entropy(self, x_0: Tensor, hidden: Tensor, condition: Tensor | None = None) -> Tensor:
         """Sum over hidden positions (bool [B L]) of -log p(x_0 | the rest), [B]; the head runs on those alone."""
         logits = self.network(x_0.masked_fill(hidden, self.mask), condition=condition, positions=hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nats = F.cross_entropy(logits, x_0[hidden], reduction="none")
+        nats = token_nats(logits, x_0[hidden])
         row = torch.arange(len(x_0), device=x_0.device).unsqueeze(-1).expand_as(hidden)[hidden]
         return nats.new_zeros(len(x_0)).index_add(0, row, nats)
 

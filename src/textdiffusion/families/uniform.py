@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from textdiffusion.conditioning import random_given
+from textdiffusion.cross_entropy import token_nats
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import Context, Network, State, as_network
@@ -95,7 +95,8 @@ class Uniform(Replacing):
         logits = self.network(state.x, self.times(state), condition=condition, positions=~given)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         row = (~given).nonzero()[:, 0]
-        nats = F.cross_entropy(self.own_evidence(logits, state.x[~given], t[row]), x_0[~given], reduction="none")
+        logits = self.own_evidence(logits, state.x[~given], t[row])  # the name is used again: one table, not two
+        nats = token_nats(logits, x_0[~given])
         return nats.new_zeros(len(x_0)).index_add(0, row, nats) / x_0.shape[1]
 
     def ideal(self, context: Context) -> Network:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,63 +25,7 @@ from textdiffusion.errors import UserError
 from textdiffusion.networks.attention import View, attend, attend_halves, rotate
 from textdiffusion.networks.convolution import Convolution
 from textdiffusion.networks.ngrams import Ngrams
-
-Attention = Literal["bidirectional", "causal", "block"]
-
-
-@dataclass
-class TransformerConfig:
-    """Shape of a transformer.
-
-    ``inputs`` S, ``outputs`` V and ``attention`` are set by the family; the rest is free.
-    """
-
-    inputs: int
-    outputs: int
-    window: int = 64  # longest text, in tokens
-    depth: int = 4
-    width: int = 256
-    heads: int = 4
-    attention: Attention = "bidirectional"
-    block_length: int = 8  # for attention = "block"
-    positions: Literal["learned", "rotary"] = "learned"
-    ngrams: int = 0  # hashed embeddings of the symbols up to a position, 2 .. so many of them; 0 leaves them out
-    convolution: int = 5  # taps of the depthwise convolutions; 0 leaves them out
-    expansion: float = 4.0  # width of the feed-forward part over the width
-    dropout: float = 0.0
-    bias: bool = False
-    time: bool = False  # condition on t in [0, 1]
-    clean: bool = False  # with time: positions at t = 0 among noisy ones are marked
-    reals: bool = False  # a position holds ``inputs`` reals, not one of so many symbols
-    estimates: int = 0  # reals a position of what the network said before; 0 for networks that do not read it
-    codes: int = 0  # tokens that have a learned code, of ``code_width`` reals
-    code_width: int = 0
-    clock: int = 0  # noise levels at which costs are taken down in training
-    classes: int = 0  # number of class labels; one more is kept for "no label"
-
-    def __post_init__(self) -> None:
-        for name in ("inputs", "outputs", "window", "depth", "width", "heads", "block_length"):
-            if not 1 <= getattr(self, name) <= 10**7:
-                raise UserError(f"network.{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.dropout < 1 or not 0 < self.expansion <= 64 or self.classes < 0:
-            raise UserError(
-                "network.dropout must be in [0, 1), network.expansion in (0, 64], network.classes 0 or more"
-            )
-        if not (self.ngrams == 0 or 2 <= self.ngrams <= 8):
-            raise UserError(f"network.ngrams must be 0, or from 2 to 8, not {self.ngrams}")
-        if self.positions == "rotary" and self.width // self.heads % 2:
-            raise UserError("rotary positions need an even network.width / network.heads")
-        if self.attention == "block" and self.block_length > self.window:
-            raise UserError(
-                f"process.block_length {self.block_length} is longer than the window of {self.window} tokens; "
-                "lower it or raise --length"
-            )
-        if self.width % self.heads:
-            raise UserError(f"network.width {self.width} is no multiple of network.heads {self.heads}; change one")
-        if self.convolution < 0 or (
-            self.attention == "bidirectional" and self.convolution and not self.convolution % 2
-        ):
-            raise UserError(f"network.convolution must be 0 or an odd number of taps, not {self.convolution}")
+from textdiffusion.networks.shape import TransformerConfig
 
 
 class Linear(nn.Linear):

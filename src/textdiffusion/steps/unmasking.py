@@ -30,6 +30,7 @@ class Ancestral(Step):
 
     note = "each hidden position is revealed independently, as the reverse process says; has a T-call bound"
     reverses = True
+    apart = True
 
     def __init__(self, mask: int, schedule: Schedule):
         self.mask, self.schedule = mask, schedule
@@ -91,6 +92,7 @@ class RandomOrder(_Counted):
     """
 
     note = "fixed numbers of random positions; has a T-call bound, and at L calls samples the model's law exactly"
+    apart = True
 
     def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
         score = noise.uniform("order", state.x.shape[1]).masked_fill(~self.open(state), -1.0)
