@@ -34,6 +34,9 @@ def home(tmp_path_factory):
              settings=settings)  # fmt: skip
     td.train(home / "runs/blocks", family="block", data=str(home / "my.txt"), depth=1, steps=3, length=32,
              settings=settings[:1])  # fmt: skip
+    for name, family in (("bits", "analog_bits"), ("vectors", "gaussian_embedding")):
+        td.train(home / "runs" / name, family=family, data=str(home / "my.txt"), depth=1, steps=3, length=32,
+                 settings=settings[:1])  # fmt: skip
     return home
 
 
@@ -50,7 +53,7 @@ def test_what_the_page_shows_runs(code, home, monkeypatch, capsys):
     elif code.startswith(("td.", "list(td.", "geometric(")):
         assert eval(code, NAMES) is not None
     else:
-        assert code.startswith(("--", ">", "runs/", "checkpoints/")), f"{code} is neither run nor part of what is"
+        assert code.startswith(("--", ">", "runs/", "checkpoints/", "training.", "metrics.jsonl", "python examples/", "ddim")), f"{code} is neither run nor part of what is"
 
 
 def test_the_page_is_a_page_of_code():
