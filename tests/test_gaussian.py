@@ -230,3 +230,21 @@ def test_embeddings_keep_their_size():
     with torch.no_grad():
         process.network.codes.mul_(torch.rand(11, 1) * 100 + 0.01)
     assert torch.allclose(process.codes().square().mean(-1), torch.ones(11))
+
+
+def test_the_clock_of_a_step_does_not_depend_on_how_it_is_cut():
+    whole, cut = small_run("analog_bits"), small_run("analog_bits")
+    x = torch.randint(0, 11, (8, 8), generator=torch.Generator().manual_seed(0))
+    for step in range(3):
+        noise = Noise.of(0, 8, step=step)
+        whole.loss(x, noise)
+        for rows in (slice(0, 3), slice(3, 8)):
+            cut.loss(x[rows], noise.select(rows))
+    clocks = [process.network.clock for process in (whole, cut)]
+    assert bool((clocks[0].costs > 0).any()) and torch.allclose(clocks[0].costs, clocks[1].costs, atol=1e-6)
+    assert torch.allclose(clocks[0].pending, clocks[1].pending, atol=1e-5)
+    # No text is learnt from while it is only measured.
+    whole.network.eval()
+    before = clocks[0].costs.clone()
+    whole.loss(x, Noise.of(0, 8, step=9))
+    assert torch.equal(clocks[0].costs, before) and int(clocks[0].step) == 2

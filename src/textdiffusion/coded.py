@@ -168,8 +168,8 @@ class Coded(Process):
         """lambda(t)."""
         if self.config.schedule != "adaptive":
             return LOG_SNRS[self.config.schedule]
-        costs = getattr(self.network, "clock", None)
-        return LOG_SNRS["cosine"] if costs is None else learned_clock(costs)
+        clock = getattr(self.network, "clock", None)
+        return LOG_SNRS["cosine"] if clock is None else learned_clock(clock.costs)
 
     def log_snr(self, t: Tensor) -> Tensor:
         return self.schedule.at(t)
@@ -276,6 +276,9 @@ class Coded(Process):
         """Cross-entropy of p(v | z) (or what the family's outputs ask for) at all positions that are not given, over L,
         [B]; times uniform in the schedule's clock."""
         rows, length = x_0.shape
+        clock = getattr(self.network, "clock", None) if getattr(self.network, "training", False) else None
+        if clock is not None:
+            clock.begin(noise.step)
         t = noise.stratified("time")
         if self.config.times:
             t = torch.floor(t * self.config.times + 1) / self.config.times  # 1/n ... 1
@@ -296,22 +299,10 @@ class Coded(Process):
         guess = self.guess(call)
         nats = self.cost(call, guess, x_0[~given])
         row = (~given).nonzero()[:, 0]
-        if self.config.schedule == "adaptive":
-            self._learn_clock(call.log_snr, guess, x_0[~given])
+        if clock is not None:
+            said_of = guess.posterior().detach().gather(-1, x_0[~given].unsqueeze(-1)).squeeze(-1)
+            clock.note((HIGHEST - call.log_snr.squeeze(-1)) / (HIGHEST - LOWEST), -said_of)
         return nats.new_zeros(rows).index_add(0, row, nats) / length
-
-    @torch.no_grad()
-    def _learn_clock(self, levels: Tensor, guess: Guess, x_0: Tensor) -> None:
-        """Take down what tokens cost at each noise level, slowly forgetting."""
-        costs = getattr(self.network, "clock", None)
-        if costs is None or not getattr(self.network, "training", False):
-            return
-        nats = -guess.posterior().gather(-1, x_0.unsqueeze(-1)).squeeze(-1).to(costs.dtype)
-        place = ((HIGHEST - levels.squeeze(-1)) / (HIGHEST - LOWEST) * BINS).long().clamp(0, BINS - 1)
-        count = torch.bincount(place, minlength=BINS).to(costs.dtype)
-        mean = torch.zeros_like(costs).index_add(0, place, nats) / count.clamp(min=1)
-        seen = count > 0
-        costs[seen] += 0.05 * (mean[seen] - costs[seen])
 
     def rate(self, x_0: Tensor, state: State) -> Tensor:
         """Nats per unit of time [B]: the bound's integrand at the states' times."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from textdiffusion.errors import UserError
 from textdiffusion.networks.attention import View, attend, attend_halves, rotate
+from textdiffusion.networks.clock import Clock
 from textdiffusion.networks.convolution import Convolution
 from textdiffusion.networks.ngrams import Ngrams
 from textdiffusion.networks.shape import TransformerConfig
@@ -148,8 +149,7 @@ class Transformer(nn.Module):
             self.embedding = Linear(config.inputs, width, bias=False)
         self.estimate = Linear(config.estimates, width, bias=False) if config.estimates else None
         self.codes = nn.Parameter(torch.randn(config.codes, config.code_width)) if config.codes else None
-        if config.clock:
-            self.register_buffer("clock", torch.zeros(config.clock))
+        self.clock = Clock(config.clock) if config.clock else None
         self.ngrams = Ngrams(config.ngrams, width, config.block_length) if config.ngrams else None
         self.position = nn.Parameter(torch.zeros(config.window, width)) if config.positions == "learned" else None
         conditioned = config.time or config.classes > 0
@@ -199,10 +199,10 @@ class Transformer(nn.Module):
     def hold(self, dtype: torch.dtype) -> Transformer:
         """Keep the weights in ``dtype`` and compute in it: for sampling, which then casts nothing in a call."""
         self.compute_dtype = dtype
-        clock = getattr(self, "clock", None)
+        # The clock is no weight: what a noise level is does not depend on the precision.
+        clock, self.clock = self.clock, None
         self.to(dtype)
-        if clock is not None:
-            self.clock = clock  # no weight: what a noise level is does not depend on the precision
+        self.clock = clock
         return self
 
     @property
