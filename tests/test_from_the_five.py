@@ -53,9 +53,8 @@ def test_what_the_page_shows_runs(code, home, monkeypatch, capsys):
     elif code.startswith(("td.", "list(td.", "geometric(")):
         assert eval(code, NAMES) is not None
     else:
-        assert code.startswith(
-            ("--", ">", "runs/", "checkpoints/", "training.", "metrics.jsonl", "python examples/", "ddim")
-        ), f"{code} is neither run nor part of what is"
+        parts = ("--", ">", "runs/", "checkpoints/", "training.", "metrics.jsonl", "python examples/", "ddim")
+        assert code.startswith(parts), f"{code} is neither run nor part of what is"
 
 
 def test_the_page_is_a_page_of_code():
