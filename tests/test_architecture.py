@@ -11,14 +11,8 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "textdiffusion"
 FLOORS = [
     {"errors", "noise", "schedules", "gaussian", "categorical", "cross_entropy", "tokenizer", "worlds"}
-    | {
-        "networks.shape",
-        "networks.attention",
-        "networks.clock",
-        "networks.convolution",
-        "networks.ngrams",
-        "networks.transformer",
-    },
+    | {"networks.shape", "networks.attention", "networks.candidates", "networks.clock", "networks.convolution"}
+    | {"networks.ngrams", "networks.transformer"},
     {"process", "conditioning", "absorbing", "replacing", "coded"}
     | {"steps.unmasking", "steps.ordering", "steps.denoising"},
     {"families"},  # and every file in families/

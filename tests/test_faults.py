@@ -25,12 +25,14 @@ from textdiffusion.families.autoregressive import Autoregressive
 from textdiffusion.families.block import BlockDiffusion
 from textdiffusion.families.masked import Masked
 from textdiffusion.families.score_entropy import ScoreEntropy, ScoreEntropyConfig
+from textdiffusion.families.sparse_distribution import SparseDistribution
 from textdiffusion.families.uniform import Uniform
 from textdiffusion.gaussian import posterior
+from textdiffusion.networks.candidates import Slots
 from textdiffusion.process import Categorical, Nll, Prediction, State
 from textdiffusion.replacing import Outlook, Renewing
 from textdiffusion.schedules import SCHEDULES, Schedule
-from textdiffusion.steps.unmasking import Ancestral, RandomOrder, unmasking_steps
+from textdiffusion.steps.unmasking import Ancestral, RandomOrder, Remasking, unmasking_steps
 from textdiffusion.verification import Subject, parts, verify
 from textdiffusion.verification.enumeration import integrated_bound
 from textdiffusion.worlds import random_table
@@ -694,6 +696,63 @@ class BoundOfAnotherSampler(ScoreEntropy):
         return nll if calls is None else replace(nll, sampler="euler")
 
 
+class AnswerInSlotZero(SparseDistribution):
+    """One candidate of every hidden position is its token, in training and in the bound."""
+
+    def _cost(self, x_0, x, slots, condition):
+        symbols = torch.cat((x_0.unsqueeze(-1), slots.symbols[..., 1:]), -1)
+        return super()._cost(x_0, x, Slots(symbols, slots.log_p), condition)
+
+
+class SlotsWithNumbers(SparseDistribution):
+    """Slots are told apart by their place, as by a code of places over all L k of them."""
+
+    def answer(self, x, slots, positions, condition=None):
+        code = 0.1 * torch.arange(slots.log_p.shape[-1])
+        return super().answer(x, Slots(slots.symbols, slots.log_p - code), positions, condition)
+
+
+class CarriedCalledFresh(SparseDistribution):
+    """The sampler carries its candidates; what nll scores is handed new ones in every call."""
+
+    def nll(self, x_0, noise, calls=None):
+        return super().nll(x_0, noise, calls) if not self.remembers else _Forgetful(self).nll(x_0, noise, calls)
+
+
+class _Forgetful(SparseDistribution):
+    """Carries nothing."""
+
+    def __init__(self, process):
+        self.__dict__.update(vars(process))
+
+    def predict(self, state, positions=None, condition=None):
+        return super().predict(replace(state, memory=None), positions, condition)
+
+
+class CarriedBoundByCurve(SparseDistribution):
+    """Where candidates are carried, the bound is that of candidates which mean nothing."""
+
+    orders = None
+
+    def curve_weights(self, length, calls, sampler=None):
+        return super().curve_weights(length, calls, "random" if sampler == "carried" else sampler)
+
+
+class HidesAnything(Remasking):
+    """Hides again what is given, too."""
+
+    def chances(self, state, s):
+        return super().chances(replace(state, given=None), s)
+
+
+class HidesWhatIsGiven(Masked):
+    """Its remasking forgets the template."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps = self.steps | {"remask": HidesAnything(self.mask, self.schedule, most=0.5)}
+
+
 class ExactCalledUpper(Autoregressive):
     """A likelihood called an upper bound, by a family whose noise nobody can enumerate."""
 
@@ -761,6 +820,19 @@ CONTROLS = {
     FirstTokenFree: {"the bound": ["nll estimates the bound (wrong model 1)", "curve_point estimates the curve"]},
     MeanOfTheCalls: {"the bound": ["nll estimates the bound of 2 calls (wrong model 1)"]},
     LikelihoodOfNobody: {"the bound": ["nll says whose likelihood the bound is"]},
+    AnswerInSlotZero: {
+        "the units": ["the loss prefers the truth to wrong models"],
+        "the bound": ["bounds of a wrong model belong to a law"],
+    },
+    SlotsWithNumbers: {"a real network": ["the order of the candidates changes nothing"]},
+    CarriedCalledFresh: {
+        "the bound": [
+            "nll estimates the bound of carried (wrong model 1)",
+            "nll estimates the bound of 2 calls of carried (wrong model 1)",
+        ]
+    },
+    CarriedBoundByCurve: {"the sampler carried": ["carried: bound_T(x) >= -log law_T(x) for every x"]},
+    HidesWhatIsGiven: {"infilling by remask": ["remask: infilling keeps what is given"]},
     SamplerNamedByItsCalls: {"the bound": ["nll says whose likelihood the bound of 2 calls is"]},
     ExactCalledUpper: {"the bound": ["nll claims the bound, and it can be enumerated"]},
     BoundOfAnotherSampler: {"the bound": ["nll claims the bound of 2 calls, and it can be enumerated"]},

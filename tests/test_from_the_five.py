@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,7 @@ def home(tmp_path_factory):
              settings=settings)  # fmt: skip
     td.train(home / "runs/blocks", family="block", data=str(home / "my.txt"), depth=1, steps=3, length=32,
              settings=settings[:1])  # fmt: skip
-    for name, family in (("bits", "analog_bits"), ("vectors", "gaussian_embedding")):
+    for name, family in (("bits", "analog_bits"), ("vectors", "gaussian_embedding"), ("sparse", "sparse_distribution")):
         td.train(home / "runs" / name, family=family, data=str(home / "my.txt"), depth=1, steps=3, length=32,
                  settings=settings[:1])  # fmt: skip
     return home
@@ -50,6 +52,11 @@ def test_what_the_page_shows_runs(code, home, monkeypatch, capsys):
             heads = ["--set", "network.heads=1", "--set", "network.depth=1"]
             words += [*SMALL, *heads, *depth, "--out", f"runs/{abs(hash(code))}"]
         assert main(words) == 0, capsys.readouterr().err
+    elif code.startswith("python "):
+        _, script, *words = shlex.split(code)
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert len(capsys.readouterr().out.splitlines()) > 5
     elif code.startswith(("td.", "list(td.", "geometric(")):
         assert eval(code, NAMES) is not None
     else:

@@ -47,8 +47,8 @@ def faults(subject, config=None) -> list[str]:
 # -- every family is right ----------------------------------------------------------------------------------------
 
 
-# More than 15 seconds each: their bounds, laws and equalities have quicker tests of their own below.
-LONG = ("uniform", "score_entropy", "analog_bits", "gaussian_embedding")
+# More than 15 seconds each: their bounds, laws and equalities have quicker tests of their own, below or in a file.
+LONG = ("uniform", "score_entropy", "sparse_distribution", "analog_bits", "gaussian_embedding")
 
 
 @pytest.mark.parametrize(

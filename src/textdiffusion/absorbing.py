@@ -17,6 +17,7 @@ so one measured curve gives them all, with no further network call.
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,8 +28,8 @@ from torch.nn.functional import one_hot
 
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
-from textdiffusion.process import Discrete, Network, Process, State
-from textdiffusion.schedules import Schedule, bell
+from textdiffusion.process import Discrete, Network, Nll, Process, State
+from textdiffusion.schedules import SCHEDULES, Schedule, bell
 
 
 def check_training(mask_rate: str, weight: str) -> None:
@@ -72,6 +73,77 @@ class Hiding(Process):
 
     def decode(self, state: State) -> Tensor:
         return state.x.masked_fill(state.x == self.mask, -1)
+
+
+class AnyOrder(Hiding):
+    """A family that hides all positions alike, under ``config.schedule``, and predicts them without being told a time:
+    its noise, and the bounds that are sums over its curve."""
+
+    schedule: Schedule
+
+    def __init__(self, network: Network, config: Any, vocabulary: int, *, start: int = 0):
+        super().__init__(network, config, vocabulary, start=start)
+        self.schedule = SCHEDULES[config.schedule]
+        self.passes = 1  # network calls of a step
+
+    @abstractmethod
+    def _cross_entropy(self, x_0: Tensor, hidden: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Sum over hidden positions (bool [B L]) of -log p(x_0 | the rest), as the steps predict them, [B]."""
+
+    def q_sample(self, x_0: Tensor, t: Tensor, noise: Noise) -> State:
+        hidden = noise.uniform("mask", x_0.shape[1]) >= self.schedule.alpha(t.double()).unsqueeze(-1)
+        return State(x_0.masked_fill(hidden, self.mask), t.double())
+
+    def nll_by_curve(self, x_0: Tensor, noise: Noise, calls: int | None = None) -> Nll:
+        """One draw of the bound: n uniform on 1..L, stratified over the rows. For T calls, of the first sampler."""
+        length = x_0.shape[1]
+        n = (noise.stratified("count") * length).long().clamp(max=length - 1) + 1
+        weights, made = self.curve_weights(length, calls)
+        diffusion = length * torch.from_numpy(weights).to(x_0.device)[n] * self.curve_point(x_0, n, noise)
+        zero = torch.zeros_like(diffusion)
+        return Nll(diffusion, zero, zero, "upper", next(iter(self.steps)), made)
+
+    def curve_point(self, x_0: Tensor, hidden: Tensor, noise: Noise) -> Tensor:
+        return self._cross_entropy(x_0, hide_counts(x_0.shape[1], hidden, noise)).double() / hidden
+
+    def curve_weights(
+        self, length: int, calls: int | None, sampler: str | None = None
+    ) -> tuple[np.ndarray, int | None]:
+        sampler = sampler or next(iter(self.steps))
+        if sampler not in ("random", "ancestral"):
+            raise UserError(f"no bound is known for the sampler {sampler!r}; there is one for random and ancestral")
+        if calls is None:
+            return np.concatenate(([0.0], np.ones(length))), None
+        times = self.plan(torch.ones(length, dtype=torch.bool), calls, sampler)
+        if sampler == "ancestral":
+            return ancestral_weights(length, self.schedule, times), self.passes * (len(times) - 1)
+        free = torch.full((len(times),), length)
+        hidden = hidden_targets(free, torch.tensor(times, dtype=torch.float64), self.schedule)
+        counts = [m for m in (hidden[:-1] - hidden[1:]).tolist() if m]
+        return count_weights(length, counts), self.passes * len(counts)
+
+    def kernel(self, s: float, t: float) -> Tensor:
+        return hiding_kernel(self.schedule, self.mask, s, t)
+
+    def rate(self, x_0: Tensor, state: State) -> Tensor:
+        """-alpha'(t) / (1 - alpha(t)) times the cross-entropy of the hidden tokens (MDLM, 2406.07524, and MD4)."""
+        weight = -self.schedule.derivative(state.t) / (1 - self.schedule.alpha(state.t))
+        return weight * self._cross_entropy(x_0, state.x == self.mask)
+
+    def plan(self, free: Tensor, calls: int, sampler: str) -> Sequence[float]:
+        """Uniform in t; but samplers of exact counts reveal one position a step where the calls suffice for that."""
+        counted = sampler not in ("ancestral", "remask")
+        length, steps = int(free.sum()), max(1, calls // self.passes)
+        if counted and steps >= length:
+            hidden = torch.arange(length, -1, -1, dtype=torch.float64) / length
+            return [float(t) for t in self.schedule.inverse(hidden)]
+        return [1 - k / steps for k in range(steps)] + [0.0]
+
+
+def by_row(nats: Tensor, hidden: Tensor) -> Tensor:
+    """Sums [B] of values [N] at the true entries of a mask [B L]."""
+    row = torch.arange(len(hidden), device=hidden.device).unsqueeze(-1).expand_as(hidden)[hidden]
+    return nats.new_zeros(len(hidden)).index_add(0, row, nats)
 
 
 def carry_over(logits: Tensor, symbols: Tensor, mask: int) -> Tensor:

@@ -104,9 +104,10 @@ def evaluate(
     """
     if sampler is not None and sampler not in process.steps:
         raise UserError(f"this family has no sampler {sampler!r}; it has: {', '.join(process.steps)}")
+    process = process if sampler is None else process.by(sampler)
     budgets: list[int | None] = [None, *calls]
     sizes = np.array([characters[w].sum() for w in windows], dtype=np.float64)
-    longest = max(len(w) for w in windows)
+    longest, remembers = max(len(w) for w in windows), process.remembers  # what is remembered has no curve
     totals, spread = np.zeros(len(budgets)), np.zeros((len(budgets), len(windows)))
     kinds: list[tuple[Kind, str, int | None]] = []
     curve: list[float] = []
@@ -114,7 +115,7 @@ def evaluate(
         chosen = np.array([i for i, w in enumerate(windows) if len(w) == length])
         x = torch.from_numpy(np.stack([windows[i] for i in chosen]).astype(np.int64)).to(device)
         size = batch or max(1, min(128, 2**24 // (length * len(characters))))
-        if isinstance(process, HasCurve):
+        if isinstance(process, HasCurve) and not remembers:
             copies = draws
             if length == longest and len(chosen) > 1:
                 # At least two examples at every point of the curve, if that does not cost too much: with fewer the

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from textdiffusion.networks.candidates import Slots
 from textdiffusion.noise import Noise
 
 Network = Callable[..., Tensor]
@@ -202,6 +203,10 @@ class Process(ABC):
                     step.process = other  # type: ignore[attr-defined]
         return other
 
+    def by(self, sampler: str) -> Self:
+        """The same process as a sampler runs it; another one where the sampler decides what is remembered."""
+        return self
+
     # -- forward --------------------------------------------------------------------------------------------------
     @abstractmethod
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Noise) -> State:
@@ -334,6 +339,37 @@ class HasPatterns(Protocol):
         Raises:
             UserError: no bound is known for this sampler.
         """
+        ...
+
+
+@runtime_checkable
+class HasOrders(Protocol):
+    """A process that remembers, whose bound is a mean over the orders in which positions are revealed; verification
+    enumerates them.
+
+    Of such a process by other samplers, which does not remember, this says nothing.
+    """
+
+    def orders(self, length: int, calls: int, sampler: str) -> Iterator[tuple[float, Sequence[Tensor]]]:
+        """(chance, positions revealed call by call, each bool [length]): bound(x) is the mean over them of the sum of
+        -log p of x's tokens, each call remembering those before it."""
+        ...
+
+
+@runtime_checkable
+class HasCandidates(Protocol):
+    """A process whose positions hold several weighted symbols; in which order means nothing."""
+
+    def first(self, x: Tensor) -> Slots:
+        """Slots of noisy texts int64 [B L] before any network call."""
+        ...
+
+    def best(self, x: Tensor, logits: Tensor) -> Slots:
+        """Slots of x [B L] whose open positions hold what outputs [N V] there make likeliest."""
+        ...
+
+    def answer(self, x: Tensor, slots: Slots, positions: Tensor | None, condition: Tensor | None = None) -> Tensor:
+        """One network call: outputs for all positions, or for the asked ones (bool [B L])."""
         ...
 
 

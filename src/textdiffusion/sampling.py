@@ -111,7 +111,7 @@ def sample(
     step = process.steps[name]
     network = Counted(process.network)
     reshape = partial(reshape_law, temperature=temperature, top_p=top_p)
-    process = process.over(network)
+    process = process.over(network).by(name)
 
     rows = len(noise.rows)
     start = noise.at(0)

@@ -8,31 +8,25 @@ loss        Cross-entropy of the hidden tokens, n of L being hidden. With n unif
             faster (2602.15014, 2605.13026).
 bound       -log p(x) <= sum_{n=1..L} curve(n), curve(n) the expected cross-entropy of a hidden token when n random ones
             are hidden: the schedule-invariant integral of MDLM with time integrated out. No prior term
-            (alpha(1) = 0 exactly) and no reconstruction term (alpha(0) = 1).
+            (alpha(1) = 0 exactly) and no reconstruction term (alpha(0) = 1). absorbing.py has it, and the noise.
 departs from the papers in: counts instead of Bernoulli masks in training, so that no row is without a hidden token and
             the 1/t weight, with its variance, never appears.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from textdiffusion.absorbing import (
-    Hiding,
-    ancestral_weights,
+    AnyOrder,
+    by_row,
     carry_over,
     check_training,
-    count_weights,
     hidden_evidence,
-    hidden_targets,
     hide_counts,
-    hiding_kernel,
     mask_rates,
 )
 from textdiffusion.cross_entropy import token_nats
@@ -58,7 +52,7 @@ class MaskedConfig:
 
 
 @final
-class Masked(Hiding):
+class Masked(AnyOrder):
     """Masked diffusion; see the head of the file."""
 
     Config: ClassVar[type] = MaskedConfig
@@ -69,7 +63,6 @@ class Masked(Hiding):
 
     def __init__(self, network: Network, config: MaskedConfig, vocabulary: int, *, start: int = 0):
         super().__init__(network, config, vocabulary, start=start)
-        self.schedule = SCHEDULES[config.schedule]
         self.steps = unmasking_steps(self.mask, self.schedule)
 
     @classmethod
@@ -82,11 +75,6 @@ class Masked(Hiding):
             "clean": False,
         }
 
-    # -- forward --------------------------------------------------------------------------------------------------
-    def q_sample(self, x_0: Tensor, t: Tensor, noise: Noise) -> State:
-        hidden = noise.uniform("mask", x_0.shape[1]) >= self.schedule.alpha(t.double()).unsqueeze(-1)
-        return State(x_0.masked_fill(hidden, self.mask), t.double())
-
     # -- learning -------------------------------------------------------------------------------------------------
     def predict(self, state: State, positions: Tensor | None = None, condition: Tensor | None = None) -> Prediction:
         logits = self.network(state.x, condition=condition, positions=positions)
@@ -94,11 +82,9 @@ class Masked(Hiding):
         return Prediction(carry_over(logits, symbols, self.mask))
 
     def _cross_entropy(self, x_0: Tensor, hidden: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Sum over hidden positions (bool [B L]) of -log p(x_0 | the rest), [B]; the head runs on those alone."""
+        # The head runs on the hidden positions alone.
         logits = self.network(x_0.masked_fill(hidden, self.mask), condition=condition, positions=hidden)
-        nats = token_nats(logits, x_0[hidden])
-        row = torch.arange(len(x_0), device=x_0.device).unsqueeze(-1).expand_as(hidden)[hidden]
-        return nats.new_zeros(len(x_0)).index_add(0, row, nats)
+        return by_row(token_nats(logits, x_0[hidden]), hidden)
 
     def loss(self, x_0: Tensor, noise: Noise, condition: Tensor | None = None) -> Tensor:
         """Nats per token [B]. With mask_rate = uniform and weight = bound, one unbiased draw of the bound over L.
@@ -116,50 +102,9 @@ class Masked(Hiding):
         return total / n if self.config.weight == "bound" else total * (2 / length)
 
     def nll(self, x_0: Tensor, noise: Noise, calls: int | None = None) -> Nll:
-        """One draw of the bound: n uniform on 1..L, stratified over the rows. For T calls, of the "random" sampler."""
-        length = x_0.shape[1]
-        n = (noise.stratified("count") * length).long().clamp(max=length - 1) + 1
-        weights, made = self.curve_weights(length, calls)
-        diffusion = length * torch.from_numpy(weights).to(x_0.device)[n] * self.curve_point(x_0, n, noise)
-        zero = torch.zeros_like(diffusion)
-        return Nll(diffusion, zero, zero, "upper", next(iter(self.steps)), made)
-
-    def curve_point(self, x_0: Tensor, hidden: Tensor, noise: Noise) -> Tensor:
-        return self._cross_entropy(x_0, hide_counts(x_0.shape[1], hidden, noise)).double() / hidden
-
-    def curve_weights(
-        self, length: int, calls: int | None, sampler: str | None = None
-    ) -> tuple[np.ndarray, int | None]:
-        sampler = sampler or next(iter(self.steps))
-        if sampler not in ("random", "ancestral"):
-            raise UserError(f"no bound is known for the sampler {sampler!r}; there is one for random and ancestral")
-        if calls is None:
-            return np.concatenate(([0.0], np.ones(length))), None
-        times = self.plan(torch.ones(length, dtype=torch.bool), calls, sampler)
-        if sampler == "ancestral":
-            return ancestral_weights(length, self.schedule, times), len(times) - 1
-        free = torch.full((len(times),), length)
-        hidden = hidden_targets(free, torch.tensor(times, dtype=torch.float64), self.schedule)
-        counts = [m for m in (hidden[:-1] - hidden[1:]).tolist() if m]
-        return count_weights(length, counts), len(counts)
+        """One draw of the bound, for T calls that of the "random" sampler."""
+        return self.nll_by_curve(x_0, noise, calls)
 
     # -- what tests enumerate -------------------------------------------------------------------------------------
     def ideal(self, context: Context) -> Network:
         return as_network(lambda x, t: context(hidden_evidence(x, self.mask)))
-
-    def kernel(self, s: float, t: float) -> Tensor:
-        return hiding_kernel(self.schedule, self.mask, s, t)
-
-    def rate(self, x_0: Tensor, state: State) -> Tensor:
-        """-alpha'(t) / (1 - alpha(t)) times the cross-entropy of the hidden tokens (MDLM, 2406.07524, and MD4)."""
-        weight = -self.schedule.derivative(state.t) / (1 - self.schedule.alpha(state.t))
-        return weight * self._cross_entropy(x_0, state.x == self.mask)
-
-    # -- reverse --------------------------------------------------------------------------------------------------
-    def plan(self, free: Tensor, calls: int, sampler: str) -> Sequence[float]:
-        """Uniform in t; but samplers of exact counts reveal one position a call where the calls suffice for that."""
-        length = int(free.sum())
-        if sampler != "ancestral" and calls >= length:
-            hidden = torch.arange(length, -1, -1, dtype=torch.float64) / length
-            return [float(t) for t in self.schedule.inverse(hidden)]
-        return [1 - k / calls for k in range(calls)] + [0.0]

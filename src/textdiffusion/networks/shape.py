@@ -39,6 +39,7 @@ class TransformerConfig:
     code_width: int = 0
     clock: int = 0  # noise levels at which costs are taken down in training
     classes: int = 0  # number of class labels; one more is kept for "no label"
+    candidates: Literal["none", "pooled", "slots"] = "none"  # weighted symbols at a position; slots: each is a key
 
     def __post_init__(self) -> None:
         for name in ("inputs", "outputs", "window", "depth", "width", "heads", "block_length"):
@@ -57,6 +58,8 @@ class TransformerConfig:
                 f"process.block_length {self.block_length} is longer than the window of {self.window} tokens; "
                 "lower it or raise --length"
             )
+        if self.candidates != "none" and self.ngrams:
+            raise UserError("network.ngrams must be 0 for a family whose positions hold several candidates")
         if self.width % self.heads:
             raise UserError(f"network.width {self.width} is no multiple of network.heads {self.heads}; change one")
         if self.convolution < 0 or (

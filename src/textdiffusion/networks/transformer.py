@@ -15,7 +15,7 @@ CPU, in bits (docs/results.md) or in time (benchmarks/kernels.py):
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from textdiffusion.errors import UserError
 from textdiffusion.networks.attention import View, attend, attend_halves, rotate
+from textdiffusion.networks.candidates import Candidates, trusted
 from textdiffusion.networks.clock import Clock
 from textdiffusion.networks.convolution import Convolution
 from textdiffusion.networks.ngrams import Ngrams
@@ -86,10 +87,13 @@ class Block(nn.Module):
         self.conv_attention = Convolution(width, taps, reach) if taps else None
         self.conv_feed = Convolution(width, taps, reach) if taps else None
         self.modulation = Linear(width, 6 * width) if conditioned else None
+        self.trust = nn.Parameter(torch.ones(config.heads)) if config.candidates == "slots" else None
 
     def _attention(self, h: Tensor, view: View, cache: tuple[Tensor, Tensor] | None) -> Tensor:
         rows, length, width = h.shape
         q, k, v = self.qkv(h).view(rows, length, 3, self.config.heads, -1).permute(2, 0, 3, 1, 4)
+        if self.trust is not None and view.slots is not None:
+            return self.mix(self._over_slots(q, k, v, view).transpose(1, 2).reshape(rows, length, width))
         if self.config.positions == "rotary":
             at = view.at.repeat(2) if view.halves else view.at
             q, k = rotate(q, at), rotate(k, at)
@@ -101,6 +105,18 @@ class Block(nn.Module):
         else:
             out = attend(q, k, v, view.bias)
         return self.mix(out.transpose(1, 2).reshape(rows, length, width))
+
+    def _over_slots(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+        """Attention of positions [B H L D/H] to all slots of all positions, by their content and probability."""
+        assert view.slots is not None and view.log_p is not None and self.trust is not None
+        rows, length, slots, width = view.slots.shape
+        # What a slot adds to its position's key and value; a committed position's one slot adds nothing.
+        more = F.linear(view.slots, self.qkv.weight[width:].to(view.slots.dtype))
+        more = more.view(rows, length, slots, 2, self.config.heads, -1).permute(3, 0, 4, 1, 2, 5)
+        k, v = ((part.unsqueeze(3) + extra).flatten(2, 3) for part, extra in zip((k, v), more, strict=True))
+        if self.config.positions == "rotary":
+            q, k = rotate(q, view.at), rotate(k, view.at.repeat_interleave(slots))
+        return attend(q, k, v, trusted(view.log_p.flatten(1)[:, None, None], self.trust.view(1, -1, 1, 1)))
 
     def forward(self, x: Tensor, c: Tensor | None, view: View, cache: Cache | None, layer: int) -> Tensor:
         modulation = None
@@ -125,7 +141,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Symbols in, context outputs out.
 
-    ``forward(x, t=None, condition=None, positions=None, cache=None, at=None, halves=False, estimate=None)``:
+    ``forward(x, t=None, condition=None, positions=None, cache=None, at=None, halves=False, estimate=None,
+    candidates=None, log_p=None)``:
         x: symbols, int64 [B L]; or reals [B L inputs], if ``config.reals``.
         t: times in [0, 1], [B]; or [B L], each position standing at its row's time or, without noise, at 0. Needed if
             and only if ``config.time``.
@@ -136,6 +153,8 @@ class Transformer(nn.Module):
         halves: for attention = "block": x is a noisy text and the clean one behind it, [B 2L]. A noisy position sees
             its own block, and the clean blocks before it; ``positions`` asks among both halves.
         estimate: what the network said before, [B L estimates]; None: nothing.
+        candidates, log_p: for ``config.candidates``: symbols int64 [B L K] and their log-probabilities [B L K], which
+            are read in the place of x.
     Returns outputs [B L V], or [N V] for the N asked positions in row-major order, in the compute type.
     """
 
@@ -150,6 +169,7 @@ class Transformer(nn.Module):
         self.estimate = Linear(config.estimates, width, bias=False) if config.estimates else None
         self.codes = nn.Parameter(torch.randn(config.codes, config.code_width)) if config.codes else None
         self.clock = Clock(config.clock) if config.clock else None
+        self.candidates = Candidates(width) if config.candidates != "none" else None
         self.ngrams = Ngrams(config.ngrams, width, config.block_length) if config.ngrams else None
         self.position = nn.Parameter(torch.zeros(config.window, width)) if config.positions == "learned" else None
         conditioned = config.time or config.classes > 0
@@ -253,18 +273,26 @@ class Transformer(nn.Module):
         at: Tensor | None = None,
         halves: bool = False,
         estimate: Tensor | None = None,
+        candidates: Tensor | None = None,
+        log_p: Tensor | None = None,
     ) -> Tensor:
         length = x.shape[1] // 2 if halves else x.shape[1]
         if cache is None and length > self.config.window:
             raise UserError(f"this network reads at most {self.config.window} tokens, not {length}")
         at = torch.arange(length, device=x.device) if at is None else at
+        slots = None
         if isinstance(self.embedding, Linear):
             h = self.embedding(x.to(self.compute_dtype))
         else:
-            # Cast after the choice of rows: in bfloat16 the gradients of a symbol's many places would not add up.
             table = self.embedding.weight
             assert isinstance(table, Tensor)
-            h = F.embedding(x, table).to(self.compute_dtype)
+            if self.candidates is not None and candidates is not None and log_p is not None:
+                h = self.candidates(table, candidates, log_p, self.compute_dtype)
+                if self.config.candidates == "slots":
+                    slots = self.candidates.offsets(table, candidates, log_p, h.dtype)
+            else:
+                # Cast after the choice of rows: in bfloat16 the gradients of a symbol's many places would not add up.
+                h = F.embedding(x, table).to(self.compute_dtype)
         if self.estimate is not None and estimate is not None:
             h = h + self.estimate(estimate.to(h.dtype))
         if cache is not None:
@@ -284,6 +312,8 @@ class Transformer(nn.Module):
         h = F.dropout(h, self.config.dropout, self.training)
         c = self._condition(x, t, condition, h.dtype)
         view = self._view(at, at if cache is None else cache.places, halves)
+        if slots is not None:
+            view = replace(view, slots=slots, log_p=log_p)
         for layer, block in enumerate(self.blocks):
             h = block(h, c, view, cache, layer)
         if positions is not None:

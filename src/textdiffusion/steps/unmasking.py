@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot, pad
 
 from textdiffusion.absorbing import hidden_targets
 from textdiffusion.noise import Noise
@@ -56,6 +57,41 @@ class Ancestral(Step):
         return Categorical(asked, reshape(prediction.log_p))
 
 
+class Remasking(Ancestral):
+    """Ancestral, but a shown token is hidden again with probability sigma = min(``most``, (1 - a_s) / a_t), and hidden
+    ones are revealed so much oftener, (a_s - (1 - sigma) a_t) / (1 - a_t), that as many are hidden at s (ReMDM,
+    2503.00307). So an early mistake can be mended."""
+
+    note = "ancestral, but some of what is written is hidden again, and written anew (ReMDM)"
+    reverses = False
+
+    def __init__(self, mask: int, schedule: Schedule, most: float = 0.04):
+        super().__init__(mask, schedule)
+        self.most = most
+
+    def chances(self, state: State, s: Tensor) -> Tensor:
+        """Chance that each position changes, [B L]: from hidden to shown or the other way."""
+        a_t, a_s = self.schedule.alpha(state.t), self.schedule.alpha(s)
+        again = ((1 - a_s) / a_t.clamp(min=1e-300)).clamp(max=self.most)
+        reveal = (a_s - (1 - again) * a_t) / (1 - a_t)
+        chance = torch.where(state.x == self.mask, reveal.unsqueeze(-1), again.unsqueeze(-1))
+        return chance if state.given is None else chance.masked_fill(state.given, 0.0)
+
+    def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
+        return noise.uniform("reveal", state.x.shape[1]) < self.chances(state, s)
+
+    def asks(self, state: State, s: Tensor) -> Iterator[tuple[float, Tensor]]:
+        chance = self.chances(state, s)[0].tolist()
+        for changed in itertools.product((False, True), repeat=len(chance)):
+            share = math.prod(p if yes else 1 - p for p, yes in zip(chance, changed, strict=True))
+            yield share, torch.tensor([changed], dtype=torch.bool, device=state.x.device)
+
+    def law(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Categorical:
+        hide = one_hot(torch.full_like(state.x[asked], self.mask), self.mask + 1).to(prediction.log_p.dtype).log()
+        write = pad(reshape(prediction.log_p), (0, 1), value=-torch.inf)
+        return Categorical(asked, torch.where((state.x[asked] == self.mask).unsqueeze(-1), write, hide))
+
+
 class _Counted(Step):
     """Reveals exact numbers of positions, so that no call is wasted and none reveals too much.
 
@@ -91,7 +127,7 @@ class RandomOrder(_Counted):
     in exactly L calls.
     """
 
-    note = "fixed numbers of random positions; has a T-call bound, and at L calls samples the model's law exactly"
+    note = "fixed numbers of random positions; has a T-call bound, and one at a time samples the model's law exactly"
     apart = True
 
     def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
@@ -163,4 +199,5 @@ def counted_steps(mask: int, schedule: Schedule, block: int | None = None) -> di
 def unmasking_steps(mask: int, schedule: Schedule) -> dict[str, Step]:
     """All samplers of absorbing noise, the default first."""
     first, *others = counted_steps(mask, schedule).items()
-    return dict([first, ("ancestral", Ancestral(mask, schedule)), *others])
+    free = [("ancestral", Ancestral(mask, schedule)), ("remask", Remasking(mask, schedule))]
+    return dict([first, *free, *others])

@@ -14,6 +14,7 @@ from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import Discrete, HasCurve, HasKernel, HasPatterns, HasSignal
 from textdiffusion.verification.enumeration import (
+    by_orders,
     call_bound,
     continuous_bound,
     enumerated_law,
@@ -47,7 +48,8 @@ def bounds(subject: Subject) -> Iterator[Check]:
         yield from _continuous(subject, worlds)
     if isinstance(process, HasCurve):
         yield from _curve(subject)
-    yield from _estimates(subject, worlds[0])
+    for sampler in [*(name for name in process.steps if process.by(name) is not process), None]:
+        yield from _estimates(subject, worlds[0], sampler)
 
 
 def _continuous(subject: Subject, worlds: list[Table]) -> Iterator[Check]:
@@ -140,12 +142,14 @@ def _curve(subject: Subject) -> Iterator[Check]:
         )
 
 
-def _estimates(subject: Subject, world: Table) -> Iterator[Check]:
-    """Means of nll's draws, for wrong models, in continuous time and for 2 calls."""
+def _estimates(subject: Subject, world: Table, sampler: str | None = None) -> Iterator[Check]:
+    """Means of nll's draws, for wrong models, in continuous time and for 2 calls; of the process as it is, or as a
+    sampler runs it that makes another of it."""
     estimated = []
     for seed, calls in ((0, None), (1, None), (0, 2), (1, 2)):
         process = subject.wrong(world, seed)
-        name = "the bound" if calls is None else "the bound of 2 calls"
+        process = process if sampler is None else process.by(sampler)
+        name = ("the bound" if calls is None else "the bound of 2 calls") + (f" of {sampler}" if sampler else "")
         # Texts that begin differently, mixed in one batch, as in evaluation.
         chosen = torch.tensor([number % len(world.texts) for number in SHOWN[::2]])
         some = world.texts[chosen]
@@ -163,7 +167,9 @@ def _estimates(subject: Subject, world: Table) -> Iterator[Check]:
         if said.kind != "upper":
             continue
         try:
-            if calls is not None:
+            if by_orders(process) and said.calls is not None:
+                exact = _call_bound(process, some, said.calls, said.sampler)
+            elif calls is not None:
                 exact = _call_bound(process, some, calls, said.sampler)
             elif isinstance(process, (HasKernel, HasSignal, HasPatterns)):
                 exact = continuous_bound(process, some)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from textdiffusion.errors import UserError
+from textdiffusion.networks.candidates import Slots
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
 from textdiffusion.noise import Noise
-from textdiffusion.process import Discrete, HasCurve, HasKernel, HasPatterns, HasSignal, Network, Step
+from textdiffusion.process import Discrete, HasCandidates, HasCurve, HasKernel, HasPatterns, HasSignal, Network, Step
 from textdiffusion.sampling import sample
 from textdiffusion.verification.enumeration import integrated_bound, misfit, pattern_bound, prior_term
 from textdiffusion.verification.subject import DEVIATIONS, DRAWS, IMPROBABLE, ROUNDING, Check, L, Subject, V, most
@@ -56,7 +57,6 @@ def _draws(subject: Subject) -> Iterator[Check]:
     unequal = 0
     acts: list[Callable[[Tensor, Tensor, Noise], Tensor]] = [
         lambda text, t, noise: process.q_sample(text, t, noise).x,
-        lambda text, t, noise: process.nll(text, noise).total,
         lambda text, t, noise: process.loss(text, noise),
         lambda text, t, noise: process.prior_sample(len(text), L, noise).x,
     ]
@@ -64,6 +64,8 @@ def _draws(subject: Subject) -> Iterator[Check]:
         acts.append(lambda text, t, noise: process.curve_point(text, (noise.stratified("count") * L).long() + 1, noise))
     if _claims(process, 2):
         acts.append(lambda text, t, noise: process.nll(text, noise, 2).total)
+    runs = [process.by(name) for name in process.steps]
+    acts += [partial(_cost, run) for run in (process, *(other for other in runs if other is not process))]
     for step in process.steps.values() if isinstance(process.space, Discrete) else ():
         acts.append(partial(_asked, process, step))
     for act in acts:
@@ -91,6 +93,11 @@ def _draws(subject: Subject) -> Iterator[Check]:
         ROUNDING,
         f"laws reshaped to one token leave the others a chance in {deaf or 'none'}",
     )
+
+
+def _cost(process: Any, text: Tensor, t: Tensor, noise: Noise) -> Tensor:
+    """Nats of texts, [B], as one draw says."""
+    return torch.as_tensor(process.nll(text, noise).total)
 
 
 def _asked(process: Any, step: Step, text: Tensor, t: Tensor, noise: Noise) -> Tensor:
@@ -179,6 +186,10 @@ def _models(subject: Subject, world: Table) -> list[Any]:
     return [subject.ideal(world), subject.wrong(world, 0), subject.wrong(world, 1)]
 
 
+def _teaches(gradient: Tensor) -> bool:
+    return bool(gradient.isfinite().all() and (gradient != 0).any())
+
+
 def real_network(subject: Subject) -> Iterator[Check]:
     """A small transformer: gradients, sampling, infilling."""
     size = {"window": 4, "depth": 1, "width": 16, "heads": 2}
@@ -194,7 +205,7 @@ def real_network(subject: Subject) -> Iterator[Check]:
         loss = process.loss(x, Noise.of(0, 8, step=step)).mean()
         if loss.requires_grad:
             loss.backward()
-        untaught -= {n for n, p in network.named_parameters() if p.grad is not None and bool((p.grad != 0).any())}
+        untaught -= {n for n, p in network.named_parameters() if p.grad is not None and _teaches(p.grad)}
         with torch.no_grad():
             for p in network.parameters():
                 if p.grad is not None:
@@ -242,8 +253,28 @@ def real_network(subject: Subject) -> Iterator[Check]:
             DEVIATIONS,
             "it reads what it has to predict: the clean text beside the noisy one",
         )
+    if isinstance(process, HasCandidates):
+        yield _order_of_slots(process, network)
     for sampler in process.steps:
         *_, free = sample(process, Noise.of(0, 8), 4, 3, sampler=sampler)
         *_, filled = sample(process, Noise.of(0, 8), 4, 3, sampler=sampler, tokens=x, given=given)
         wrong += int((free.tokens < 0).sum() + (filled.tokens < 0).sum() + (filled.tokens != x)[given].sum())
     yield Check("a real network writes, and keeps what is given", wrong, 0, "tokens are unwritten, or were changed")
+
+
+@torch.no_grad()
+def _order_of_slots(process: Any, network: Transformer) -> Check:
+    """Slots of positions in another order, before the first call and after it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for p in network.parameters():
+            p.normal_(std=0.5)
+    prior = process.prior_sample(8, 4, Noise.of(0, 8))
+    worst, slots = 0.0, process.first(prior.x)
+    for _ in range(2):
+        said = process.answer(prior.x, slots, None)
+        turned = Slots(slots.symbols.flip(-1), slots.log_p.flip(-1))
+        off = (process.answer(prior.x, turned, None) - said).abs().max()
+        worst = most(worst, off / said.abs().max())
+        slots = process.best(prior.x, said.flatten(0, 1))
+    return Check("the order of the candidates changes nothing", worst, 1e-5, "a slot is known by its number")

@@ -18,7 +18,17 @@ from torch.nn.functional import one_hot, pad
 
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
-from textdiffusion.process import Categorical, HasCurve, HasKernel, HasPatterns, HasSignal, Process, State, Step
+from textdiffusion.process import (
+    Categorical,
+    HasCurve,
+    HasKernel,
+    HasOrders,
+    HasPatterns,
+    HasSignal,
+    Process,
+    State,
+    Step,
+)
 from textdiffusion.worlds import Table
 
 NODES = 80  # of the quadrature over time
@@ -112,6 +122,25 @@ def pattern_bound(process: Any, x_0: Tensor, calls: int | None, sampler: str | N
     return total
 
 
+def by_orders(process: Any) -> bool:
+    """Whether the bound of a process, as it is run, is a mean over orders."""
+    return isinstance(process, HasOrders) and bool(process.remembers)  # type: ignore[attr-defined]
+
+
+def order_bound(process: Any, x_0: Tensor, calls: int, sampler: str) -> Tensor:
+    """The bound of a process that gives its orders (process.HasOrders), nats [B], each way gone from noise to text."""
+    total, noise = torch.zeros(len(x_0), dtype=torch.float64), Noise.of(0, len(x_0))
+    for chance, groups in process.orders(x_0.shape[1], calls, sampler):
+        state = process.prior_sample(*x_0.shape, noise)
+        for group in groups:
+            asked = group.expand(x_0.shape)
+            said = process.predict(state, asked)
+            cost = -said.log_p.gather(-1, x_0[asked].unsqueeze(-1)).double()
+            total += chance * cost.view(len(x_0), -1).sum(-1)
+            state = State(torch.where(asked, x_0, state.x), state.t, memory=said.memory)
+    return total
+
+
 def continuous_bound(process: Any, x_0: Tensor) -> Tensor:
     """The bound in the limit of many calls, nats [B]."""
     return pattern_bound(process, x_0, None) if isinstance(process, HasPatterns) else integrated_bound(process, x_0)
@@ -123,6 +152,9 @@ def call_bound(process: Any, x_0: Tensor, calls: int, sampler: str) -> np.ndarra
     Raises:
         UserError: the family has none for this sampler, or none that can be enumerated.
     """
+    process = process.by(sampler)
+    if by_orders(process):
+        return order_bound(process, x_0, calls, sampler).numpy()
     if isinstance(process, HasCurve):
         return np.asarray(exact_curve(process, x_0) @ process.curve_weights(x_0.shape[1], calls, sampler)[0])
     if isinstance(process, HasPatterns):
@@ -138,7 +170,8 @@ def call_bound(process: Any, x_0: Tensor, calls: int, sampler: str) -> np.ndarra
 
 def calls_of_bound(process: Any, length: int, calls: int, sampler: str) -> int | None:
     """Of how many network calls the bound for ``calls`` says that it is; None if it does not say."""
-    if isinstance(process, HasCurve):
+    process = process.by(sampler)
+    if isinstance(process, HasCurve) and not by_orders(process):
         return process.curve_weights(length, calls, sampler)[1]
     text, noise = torch.zeros(1, length, dtype=torch.long), Noise.of(0, 1)
     try:
@@ -227,7 +260,8 @@ def enumerated_law(
 
     With ``tokens`` and ``given`` [L], of the infilled template. Texts that stay unwritten are missing from its sum.
     """
-    step, noise = process.steps[sampler], Noise.of(0, 1)
+    process, noise = process.by(sampler), Noise.of(0, 1)
+    step = process.steps[sampler]
     free = torch.ones(length, dtype=torch.bool) if given is None else ~given
     if tokens is not None and given is not None:
         first = process.template(tokens.unsqueeze(0), given.unsqueeze(0), noise)

@@ -29,7 +29,8 @@ from textdiffusion.worlds import random_table
 WORLD = random_table(V, L)
 
 
-def _carries(process: Any) -> bool:
+def _carries(process: Any, sampler: str) -> bool:
+    process = process.by(sampler)
     first = process.prior_sample(1, L, Noise.of(0, 1))
     return carries(process, first.x, first.t)
 
@@ -54,7 +55,7 @@ def sampler(subject: Subject, name: str) -> Iterator[Check]:
         )
     worst, unfinished, apart = 0.0, 0.0, []
     # What a family remembers multiplies the ways that a run can go.
-    many = 6 if _carries(ideal) else 16
+    many = 6 if _carries(ideal, name) else 16
     for calls in (1, 2, 4, many):
         law = enumerated_law(ideal, L, calls, name)
         unfinished = most(unfinished, abs(float(law.sum()) - 1))
@@ -95,7 +96,7 @@ def _call_bounds(subject: Subject, name: str) -> Iterator[Check]:
     worlds += [(longer, calls, [subject.wrong(longer, 0)]) for calls in (2, 3)]
     for world, calls, models in worlds:
         for model in models:
-            if (calls > 4 or world is longer) and _carries(model):
+            if (calls > 4 or world is longer) and _carries(model, name):
                 continue  # what a family remembers multiplies the ways that a run can go
             try:
                 bound = torch.from_numpy(call_bound(model, world.texts, calls, name))
@@ -148,7 +149,7 @@ def infilling(subject: Subject, name: str) -> Iterator[Check]:
         tokens=tokens.expand(DRAWS, -1), given=torch.tensor(patterns)[which],
     )  # fmt: skip
     changed, unlike, far, shown = 0.0, 0.0, -math.inf, []
-    many = 6 if _carries(ideal) else 16
+    many = 6 if _carries(ideal, name) else 16
     for number, pattern in enumerate(patterns):
         given = torch.tensor(pattern)
         agrees = (WORLD.texts[:, given] == tokens[given]).all(-1)

@@ -94,6 +94,10 @@ class Subject:
                     out = out + 0.5 * far * torch.sin(3 * phase + seed).view(-1, 1, 1) * tilt[: out.shape[-1]]
                     if extra.dtype == torch.long and extra.shape == out.shape[:2]:
                         out = out + 3 * far * one_hot(extra.clamp(0, out.shape[-1] - 1), out.shape[-1])
+                    elif extra.dtype == torch.long and extra.shape[:2] == out.shape[:2]:
+                        # Several tokens a position; symbols that are none say nothing.
+                        several = one_hot(extra, 1 + max(out.shape[-1], int(extra.max())))
+                        out = out + 1.5 * far * several[..., : out.shape[-1]].sum(-2)
             return out if positions is None else out[positions]
 
         return bare.over(network)
