@@ -7,7 +7,7 @@ to 1 / V and shakes the embeddings ("flatten"), or also exchanges tokens for ran
 attends from every slot to every slot, a code of places tells the slots apart, and is scored at all positions. Sampling
 starts from random tokens at 1 / V; each call replaces the slots by the k likeliest tokens, and nothing is drawn.
 
-Three things follow, and the table shows each. Scored at a time near 0 its "perplexity" is 1, since the answer is in
+Three things follow, each with its columns. Scored at a time near 0 its "perplexity" is 1, since the answer is in
 slot 0: the figure is of copying. Handed a wrong token there it copies that. And samples are a fixed map of a state that
 says nothing: what is random at the start either stays, as junk, or gives way to the token that is likeliest anywhere.
 
