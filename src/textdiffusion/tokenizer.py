@@ -108,8 +108,13 @@ class Tokenizer:
                 run = []
         return "".join([*shown, self._decode_run(run)])
 
+    @property
+    def spells(self) -> bool:
+        """Whether a text is the bytes of its tokens, joined: so for all but WordPiece and SentencePiece tokenizers."""
+        return self.kind == "char" or self._byte_level
+
     def _decode_run(self, ids: list[int]) -> str:
-        if self.kind == "char" or self._byte_level:
+        if self.spells:
             return b"".join(self._token_bytes[index] for index in ids).decode("utf-8", "replace")
         return self.backend.decode(ids, skip_special_tokens=False)
 
