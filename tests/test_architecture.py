@@ -11,12 +11,13 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "textdiffusion"
 FLOORS = [
     {"errors", "noise", "schedules", "gaussian", "categorical", "cross_entropy", "tokenizer", "worlds"}
+    | {"automaton", "patterns"}
     | {"networks.shape", "networks.attention", "networks.candidates", "networks.clock", "networks.convolution"}
     | {"networks.ngrams", "networks.transformer"},
     {"process", "conditioning", "absorbing", "replacing", "coded"}
     | {"steps.unmasking", "steps.ordering", "steps.denoising"},
     {"families"},  # and every file in families/
-    {"data", "settings", "training", "sampling", "evaluation", "template"},
+    {"data", "settings", "training", "sampling", "constraints", "evaluation", "template"},
     {"config", "run", "presets", "card", "fit", "model", "report", "catalogue", "verification", "watching"},
     {"doctor", "terminal", "demo", "cli", "__main__"},
 ]

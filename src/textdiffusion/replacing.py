@@ -29,7 +29,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -133,9 +133,12 @@ class Replacing(Process):
     def evidence(self, x: Tensor, t: Tensor) -> Tensor:
         """log q(x_t | v) for every token v, float64 [B L V]; t [B] or [B L]."""
         alpha = self.schedule.alpha(t.double())
-        alpha = alpha.unsqueeze(-1) if t.dim() == 2 else alpha.view(-1, 1, 1)
+        return self.likelihood(x, alpha.unsqueeze(-1) if t.dim() == 2 else alpha.view(-1, 1, 1)).log()
+
+    def likelihood(self, x: Tensor, alpha: Tensor) -> Tensor:
+        """q(x_t | v) for every token v, float64 [... V], for symbols x [...] and alpha of their times [... 1]."""
         here = one_hot(x, len(self.base))[..., : self.vocabulary]
-        return (alpha * here + (1 - alpha) * self.base.to(x.device)[x].unsqueeze(-1)).log()
+        return alpha * here + (1 - alpha) * self.base.to(x.device)[x].unsqueeze(-1)
 
     def own_evidence(self, logits: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Context logits [N V] plus log q(x_t | v), up to a constant, for symbols x [N] at times t [N], 0 < t."""
@@ -261,6 +264,53 @@ class Replacing(Process):
         return state.x.masked_fill(state.x >= self.vocabulary, -1)
 
 
+@final
+@dataclass(frozen=True)
+class Rewriting:
+    """A step that moves the state towards a text, each position on its own (process.Draft): given the token v there,
+
+        K(y | v) = q_s(y | v) [(1 - w(v)) q(x_t | y) / q(x_t | v) + w(v)],
+
+    the noise's own bridge, or, with chance w(v), the noise of time s anew. Summed over v with the tokens' law this is
+    the law of Bridge and of Renewing.
+
+    positions: bool [B L], N of them. log_p: [N V]. symbols: x_t [N]; back: q(x_t | y) [N S]; alpha_s, alpha_t: [N 1];
+    renewed: w [N V]; kept: with noise that is all [MASK], the chance [N 1] of staying one, as ratios that are free say.
+    """
+
+    process: Replacing
+    positions: Tensor
+    log_p: Tensor
+    symbols: Tensor
+    back: Tensor
+    alpha_s: Tensor
+    alpha_t: Tensor
+    renewed: Tensor
+    kept: Tensor | None
+
+    def given(self, text: Tensor) -> Categorical:
+        own, size = one_hot(text, self.process.vocabulary).double(), len(self.process.base)
+        if self.kept is not None:
+            mask = one_hot(torch.tensor(self.process.mask, device=text.device), size)
+            law = self.kept * mask + (1 - self.kept) * pad(own, (0, size - self.process.vocabulary))
+            return Categorical(self.positions, law.log())
+        before = self._before().gather(-1, text.unsqueeze(-1))
+        renewed = self.renewed.gather(-1, text.unsqueeze(-1))
+        law = self.process.marginal(own, self.alpha_s) * ((1 - renewed) * before * self.back + renewed)
+        return Categorical(self.positions, law.log())
+
+    def evidence(self, x: Tensor) -> Tensor:
+        y = x[self.positions]
+        back = self.back.gather(-1, y.unsqueeze(-1))
+        at_s = self.process.likelihood(y, self.alpha_s)
+        return (at_s * ((1 - self.renewed) * self._before() * back + self.renewed)).log()
+
+    def _before(self) -> Tensor:
+        """1 / q(x_t | v) [N V]; 0 where x_t cannot come of v."""
+        chance = self.process.likelihood(self.symbols, self.alpha_t)
+        return torch.where(chance > 0, 1 / chance.clamp(min=SMALLEST), 0.0)
+
+
 class Bridge(Step):
     """The reversed chain, each position on its own."""
 
@@ -279,6 +329,26 @@ class Bridge(Step):
 
     def law(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Categorical:
         return Categorical(asked, self.laws(state, asked, prediction.native, s, reshape).log())
+
+    def foreseen(self, state: State) -> Tensor:
+        return self.process.movable(state)
+
+    def draft(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Rewriting:
+        log_p = self.process.denoiser(state, asked, reshape(prediction.native.context))
+        kept = None
+        if float(self.process.base[: self.process.vocabulary].sum()) == 0:
+            kept = self.laws(state, asked, prediction.native, s, reshape)[:, self.process.mask :]
+        return self.rewriting(state, asked, log_p, torch.zeros_like(log_p), s, kept)
+
+    def rewriting(
+        self, state: State, asked: Tensor, log_p: Tensor, renewed: Tensor, s: Tensor, kept: Tensor | None = None
+    ) -> Rewriting:
+        """The step as two draws, from the law of the text [N V] and the share that is drawn anew [N V]."""
+        process, row, here = self.process, asked.nonzero()[:, 0], state.x[asked]
+        alpha_s, alpha_t = process.alpha(s)[row], process.alpha(state.t)[row]
+        stay = alpha_t / alpha_s
+        back = stay * one_hot(here, len(process.base)) + (1 - stay) * process.base.to(here.device)[here].unsqueeze(-1)
+        return Rewriting(process, asked, log_p, here, back, alpha_s, alpha_t, renewed, kept)
 
     def laws(self, state: State, asked: Tensor, outlook: Outlook, s: Tensor, reshape: Reshape) -> Tensor:
         """Laws of the symbols at s, [N S]."""
@@ -326,6 +396,19 @@ class Renewing(Bridge):
 
     def asks(self, state: State, s: Tensor) -> Iterator[tuple[float, Tensor]]:
         yield 1.0, self.process.free(state)
+
+    def foreseen(self, state: State) -> Tensor:
+        return self.process.free(state)
+
+    def draft(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Rewriting:
+        fresh = reshape(prediction.native.context)
+        log_p = self.process.denoiser(state, asked, fresh)
+        if not self.blind:
+            return self.rewriting(state, asked, log_p, torch.full_like(log_p, self.share), s)
+        # The text is drawn from the mixture; given its token, this is the chance that it came of the context.
+        share = torch.tensor(self.share, dtype=log_p.dtype, device=log_p.device)
+        both = torch.logaddexp(log_p + (1 - share).log(), fresh + share.log())
+        return self.rewriting(state, asked, both, (fresh + share.log() - both).exp(), s)
 
     def laws(self, state: State, asked: Tensor, outlook: Outlook, s: Tensor, reshape: Reshape) -> Tensor:
         row, process = asked.nonzero()[:, 0], self.process

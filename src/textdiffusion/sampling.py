@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from textdiffusion.categorical import draw, reshape_law
+from textdiffusion.constraints import Hold, reshape_uncut, several
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
-from textdiffusion.process import Normal, Process, Reshape, State, Step
+from textdiffusion.process import HasDraft, Normal, Process, Reshape, State, Step
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def sample(
     top_p: float | None = None,
     condition: Tensor | None = None,
     until: int | None = None,
+    hold: Hold | None = None,
 ) -> Iterator[Frame]:
     """Denoise as many texts as ``noise`` has rows.
 
@@ -100,6 +102,8 @@ def sample(
         condition: class labels int64 [B].
         until: a token that ends a text: nothing is written behind the first one that is drawn. Only for families that
             write from left to right.
+        hold: holds the texts to a pattern (constraints.py). Of its particles, whose rows are denoised for each of the
+            noise's rows, frames show one; calls are those of all of them.
     Raises:
         UserError: an unknown sampler, or something that the family cannot do.
     """
@@ -110,8 +114,16 @@ def sample(
         raise UserError(f"this family has no sampler {name!r}; it has: {', '.join(process.steps)}")
     step = process.steps[name]
     network = Counted(process.network)
-    reshape = partial(reshape_law, temperature=temperature, top_p=top_p)
+    reshape = partial(reshape_law if hold is None else reshape_uncut, temperature=temperature, top_p=top_p)
     process = process.over(network).by(name)
+    particles = 1
+    if hold is not None:
+        if until is not None:
+            raise UserError("a pattern is one of texts of a given length; leave out --stop")
+        particles = hold.particles
+        noise = several(noise, particles)
+        if tokens is not None and given is not None:
+            tokens, given = (x.repeat_interleave(particles, 0) for x in (tokens, given))
 
     rows = len(noise.rows)
     start = noise.at(0)
@@ -134,7 +146,16 @@ def sample(
     times = torch.tensor(
         [plans[pattern] + [0.0] * (longest - len(plans[pattern])) for pattern in patterns], dtype=torch.float64
     ).to(written.device)
-    yield Frame(0, longest - 1, 1.0, written.clone(), confidence.clone(), made.clone())
+
+    def frame(k: int, t: float) -> Frame:
+        if particles == 1 or hold is None:
+            return Frame(k, longest - 1, t, written.clone(), confidence.clone(), made.clone())
+        shown = hold.shown(start if k == longest - 1 else None)
+        return Frame(k, longest - 1, t, written[shown], confidence[shown], made.view(-1, particles).sum(-1))
+
+    if hold is not None:
+        hold.begin(process, step, written, fixed)
+    yield frame(0, 1.0)
 
     # Rows with nothing to write leave before the start.
     active = (~fixed).any(-1).nonzero().squeeze(-1)
@@ -157,12 +178,12 @@ def sample(
         if bool(asking.any()):
             some = asking.nonzero().squeeze(-1)
             if len(some) == len(asking):
-                state, probability = _in_parts(process, step, state, asked, s, now, reshape, condition, active)
+                state, probability = _in_parts(process, step, state, asked, s, now, reshape, condition, active, hold)
             else:
                 # Rows for which nothing would change are not evaluated.
                 part, chance = _in_parts(
                     process, step, state.select(some), asked[some], s[some], now.select(some),
-                    reshape, condition, active[some],
+                    reshape, condition, active[some], hold,
                 )  # fmt: skip
                 x = state.x.clone()
                 x[some] = part.x
@@ -180,7 +201,16 @@ def sample(
             if bool(ended[active].any()):
                 keep = (~ended[active]).nonzero().squeeze(-1)
                 state, active = state.select(keep), active[keep]
-        yield Frame(k, longest - 1, float(times[:, k].max()), written.clone(), confidence.clone(), made.clone())
+        if hold is not None and (parents := hold.resample(noise.at(k), times[:, k] > 0)) is not None:
+            # The particles of a text go by the same plan: all of them are active, or none is.
+            parents = parents.to(written.device)
+            written, confidence = written[parents], confidence[parents]
+            place = torch.zeros(rows, dtype=torch.long, device=written.device)
+            place[active] = torch.arange(len(active), device=written.device)
+            state = state.select(place[parents[active]])
+        if hold is not None and k == longest - 1:
+            hold.finish()
+        yield frame(k, float(times[:, k].max()))
         if not len(active):
             return  # all texts have ended early
 
@@ -207,13 +237,15 @@ def _in_parts(
     reshape: Reshape,
     condition: Tensor | None,
     rows: Tensor,
+    hold: Hold | None = None,
 ) -> tuple[State, Tensor]:
     """``_advance``, a few positions at a time where the laws of all would be large and each stands by itself; the
     network is called once, and every number is the same."""
     size = max(1, TOGETHER // process.vocabulary)
     parts = asked.flatten().nonzero().squeeze(-1).split(size)
-    if len(parts) <= 1 or not step.apart or process.remembers:
-        return _advance(process, step, state, asked, s, noise, reshape, condition, rows)
+    # A text that is held to a pattern is drawn as a whole.
+    if hold is not None or len(parts) <= 1 or not step.apart or process.remembers:
+        return _advance(process, step, state, asked, s, noise, reshape, condition, rows, hold)
     process = process.over(_Once(process.network, asked))
     x, probability = state.x.clone(), torch.zeros(asked.shape, dtype=torch.float64, device=state.x.device)
     for part in parts:
@@ -233,12 +265,20 @@ def _advance(
     reshape: Reshape,
     condition: Tensor | None,
     rows: Tensor,
+    hold: Hold | None = None,
 ) -> tuple[State, Tensor]:
     """One network call and one step; also the probability [B L] of each token drawn in it, 0 elsewhere."""
-    prediction = process.predict(state, asked, None if condition is None else condition[rows])
+    held = step if hold is not None and isinstance(step, HasDraft) else None
+    foreseen = asked if held is None else held.foreseen(state)
+    prediction = process.predict(state, foreseen, None if condition is None else condition[rows])
     if prediction.memory is not None and not process.remembers:
         raise ValueError(f"{type(process).__name__} carries a memory from step to step: it must say remembers = True")
-    law = step.law(state, asked, prediction, s, reshape)
+    draft = None
+    if hold is None or held is None:
+        law = step.law(state, asked, prediction, s, reshape)
+    else:
+        draft = held.draft(state, asked, prediction, s, reshape)
+        law = draft.given(hold.text(draft, process.decode(state), noise, rows))
     x = state.x.clone()
     if isinstance(law, Normal):
         x[law.positions] = law.mean.to(x.dtype)
@@ -246,9 +286,11 @@ def _advance(
             x[law.positions] += law.deviation.to(x.dtype) * noise.normal("reals", *x.shape[1:])[law.positions]
     else:
         x[law.positions] = process.embed(draw(law.log_p, noise.uniform("token", x.shape[1])[law.positions]))
+    if hold is not None and draft is not None:
+        hold.weigh(draft, x, rows)
     after = replace(state, x=x, t=s, memory=prediction.memory)
     probability = torch.zeros(asked.shape, dtype=torch.float64, device=x.device)
-    new = process.decode(after)[asked]
+    new = process.decode(after)[foreseen]
     chance = prediction.log_p.gather(-1, new.clamp(min=0).unsqueeze(-1)).squeeze(-1).exp().double()
-    probability[asked] = torch.where(new >= 0, chance, torch.zeros_like(chance))
+    probability[foreseen] = torch.where(new >= 0, chance, torch.zeros_like(chance))
     return after, probability

@@ -28,8 +28,8 @@ from torch.nn.functional import one_hot, pad
 from textdiffusion.conditioning import random_given
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
-from textdiffusion.process import Context, Network, Reshape, State, as_network
-from textdiffusion.replacing import SMALLEST, Bridge, Outlook, Replacing
+from textdiffusion.process import Context, Network, Prediction, Reshape, State, as_network
+from textdiffusion.replacing import SMALLEST, Bridge, Outlook, Replacing, Rewriting
 from textdiffusion.schedules import SCHEDULES, bell, geometric
 
 
@@ -80,6 +80,13 @@ class Euler(Bridge):
         jump = jump / total.clamp(min=1.0)
         stay = one_hot(here, law.shape[-1]) * (1 - jump.sum(-1, keepdim=True)).clamp(min=0)
         return torch.where((s[row] == 0).unsqueeze(-1), exact, jump + stay)
+
+    def draft(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Rewriting:
+        if len(self.process.base) == self.process.vocabulary:
+            raise UserError(
+                "the sampler euler jumps by rates that no text decides, where noise is uniform; use tweedie"
+            )
+        return super().draft(state, asked, prediction, s, reshape)
 
 
 @final

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from textdiffusion.noise import Noise
 from textdiffusion.process import Categorical, Prediction, Reshape, State, Step
+from textdiffusion.steps.unmasking import Revealing
 
 
 class LeftToRight(Step):
@@ -30,3 +31,9 @@ class LeftToRight(Step):
 
     def law(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Categorical:
         return Categorical(asked, reshape(prediction.log_p))
+
+    def foreseen(self, state: State) -> Tensor:
+        return self._leftmost(state)
+
+    def draft(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Revealing:
+        return Revealing(asked, reshape(prediction.log_p), asked)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -24,6 +26,29 @@ def top_positions(score: Tensor, count: Tensor) -> Tensor:
     """The ``count`` [B] positions of highest score [B L] in each row, bool [B L]; ties go to the leftmost."""
     rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     return rank < count.unsqueeze(-1)
+
+
+@final
+@dataclass(frozen=True)
+class Revealing:
+    """A step that reveals some positions of a text (process.Draft).
+
+    positions: bool [B L], the N positions where tokens are predicted; log_p: [N V]; revealed: bool [B L], some of them.
+    """
+
+    positions: Tensor
+    log_p: Tensor
+    revealed: Tensor
+
+    def given(self, text: Tensor) -> Categorical:
+        shown = self.revealed[self.positions]
+        return Categorical(self.revealed, one_hot(text[shown], self.log_p.shape[-1]).double().log())
+
+    def evidence(self, x: Tensor) -> Tensor:
+        shown = self.revealed[self.positions]
+        out = torch.zeros_like(self.log_p, dtype=torch.float64)
+        out[shown] = one_hot(x[self.revealed], self.log_p.shape[-1]).double().log()
+        return out
 
 
 class Ancestral(Step):
@@ -56,6 +81,12 @@ class Ancestral(Step):
     def law(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Categorical:
         return Categorical(asked, reshape(prediction.log_p))
 
+    def foreseen(self, state: State) -> Tensor:
+        return state.x == self.mask
+
+    def draft(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Revealing:
+        return Revealing(self.foreseen(state), reshape(prediction.log_p), asked)
+
 
 class Remasking(Ancestral):
     """Ancestral, but a shown token is hidden again with probability sigma = min(``most``, (1 - a_s) / a_t), and hidden
@@ -64,6 +95,7 @@ class Remasking(Ancestral):
 
     note = "ancestral, but some of what is written is hidden again, and written anew (ReMDM)"
     reverses = False
+    draft = None  # type: ignore[assignment]  # what it hides again is no part of a text that is drawn
 
     def __init__(self, mask: int, schedule: Schedule, most: float = 0.04):
         super().__init__(mask, schedule)
@@ -119,6 +151,9 @@ class _Counted(Step):
         wanted = (hidden - hidden_targets(free, s, self.schedule)).clamp(min=0)
         return torch.minimum(wanted, self.open(state).sum(-1))
 
+    def foreseen(self, state: State) -> Tensor:
+        return self.open(state)
+
 
 class RandomOrder(_Counted):
     """Reveals a fixed number of uniformly random positions a call.
@@ -144,6 +179,9 @@ class RandomOrder(_Counted):
 
     def law(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Categorical:
         return Categorical(asked, reshape(prediction.log_p))
+
+    def draft(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Revealing:
+        return Revealing(self.open(state), reshape(prediction.log_p), asked)
 
 
 class Ordered(_Counted):
@@ -173,6 +211,10 @@ class Ordered(_Counted):
     def law(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Categorical:
         chosen = self.choose(state, asked, prediction.log_p, s)
         return Categorical(chosen, reshape(prediction.log_p[chosen[asked]]))
+
+    def draft(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Revealing:
+        opened = self.open(state)
+        return Revealing(opened, reshape(prediction.log_p), self.choose(state, opened, prediction.log_p, s))
 
 
 def confidence(log_p: Tensor) -> Tensor:
