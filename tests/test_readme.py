@@ -28,7 +28,9 @@ def quickly(command: str) -> str:
 
 
 def test_the_minute_of_use_runs_as_shown(tmp_path):
-    (tmp_path / "my.txt").write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 400)
+    (tmp_path / "my.txt").write_text(
+        "It was a bright cold day in April, and the clocks were striking thirteen. Once upon a time, " * 400
+    )
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     ran = 0
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

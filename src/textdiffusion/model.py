@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +12,16 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from textdiffusion.automaton import Automaton
 from textdiffusion.config import RunConfig, new_run_path, newest_run, read_config
+from textdiffusion.constraints import Hold, refusal
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import evaluate
 from textdiffusion.families import family, names
 from textdiffusion.fit import Stopped, fit
 from textdiffusion.networks.transformer import Transformer
 from textdiffusion.noise import Noise
+from textdiffusion.patterns import Pattern, read_words
 from textdiffusion.presets import configure
 from textdiffusion.process import Process, State
 from textdiffusion.run import Run
@@ -51,6 +54,7 @@ class Model:
         if precision not in get_args(Precision):
             raise UserError(f"--precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
         self.precision = precision
+        self._automata: dict[Pattern, Automaton] = {}
         tune_allocator()
 
     @cached_property
@@ -93,6 +97,21 @@ class Model:
             )
         return template
 
+    def _hold(self, pattern: Pattern, length: int, template: Template | None, particles: int) -> Hold | None:
+        if pattern == Pattern():
+            if particles != 1:
+                raise UserError("--particles goes with a pattern: --regex, --must-contain, --words or --acrostic")
+            return None
+        if pattern not in self._automata:
+            self._automata = {pattern: pattern.automaton(self.tokenizer)}
+        automaton = self._automata[pattern]
+        if template is None:
+            template = Template(torch.zeros(length, dtype=torch.long), torch.zeros(length, dtype=torch.bool))
+        longest = self.window if self.process.bounded else max(2 * length, 256)
+        if reason := refusal(automaton, pattern.flags, template.tokens, template.given, longest):
+            raise UserError(reason)
+        return Hold(automaton, particles)
+
     def stream(
         self,
         n: int = 1,
@@ -106,6 +125,11 @@ class Model:
         prompt: str | None = None,
         infill: str | None = None,
         stop: bool = False,
+        regex: str | None = None,
+        must_contain: str | Sequence[str] = (),
+        words: str | Path | Iterable[str] | None = None,
+        acrostic: str | None = None,
+        particles: int = 1,
         first_row: int = 0,
     ) -> Iterator[TextFrame]:
         """Denoise n texts together, frame by frame.
@@ -119,11 +143,17 @@ class Model:
             seed: the same seed gives the same draws, whatever n.
             prompt: a given beginning. infill: a text in which each underscore is a free token.
             stop: end a text where a document ends, and write nothing behind it; for families from left to right.
+            regex: what the whole text matches. must_contain: text, or several, that occurs in it. words: the only words
+                that it has, or a file of them. acrostic: letters with which its lines begin. All at once, if several.
+            particles: runs from which each such text is drawn by weight; with many, texts have the model's law given
+                the pattern, with one they only match it (constraints.py).
             first_row: number of the first text, from which its draws follow.
         Raises:
             UserError: a value out of range, or something that the family cannot do.
         """
         check_writing(n, None, calls, temperature, top_p, prompt, infill)
+        if not 1 <= particles <= LONGEST:
+            raise UserError(f"--particles must be from 1 to {LONGEST:,}, not {particles}")
         if stop and self.process.infills:
             able = [name for name in names() if not family(name).infills]
             raise UserError(
@@ -136,6 +166,9 @@ class Model:
         elif length is None:
             length = self.window
         self._check_length(length)
+        hold = self._hold(Pattern.of(regex, must_contain, words, acrostic), length, template, particles)
+        if hold is not None and stop:
+            raise UserError("a pattern is one of whole texts of a given length; leave out --stop")
         noise = Noise(seed, np.arange(first_row, first_row + n), n, device=self.device)
         tokens = given = None
         if template is not None:
@@ -146,7 +179,7 @@ class Model:
         known = torch.zeros(n, length, dtype=torch.bool) if given is None else given.cpu()
         for frame in sample(
             self.writer, noise, length, calls or max(free, 1), sampler=sampler, tokens=tokens, given=given,
-            temperature=temperature, top_p=top_p, until=self.tokenizer.end_of_text if stop else None,
+            temperature=temperature, top_p=top_p, until=self.tokenizer.end_of_text if stop else None, hold=hold,
         ):  # fmt: skip
             yield TextFrame(frame, known, self.tokenizer, stop)
 
@@ -175,11 +208,14 @@ class Model:
             return Model(self.process, self.tokenizer, self.config, self.device, "fp32").sample_counted(
                 n, length, calls, reproducible=True, **how
             )
+        if how.get("words") is not None:
+            how["words"] = read_words(how["words"])  # once, for all batches
         texts: list[str] = []
         made: list[int] = []
         # Families that draw all positions anew hold several numbers for every symbol at each.
         width = self.tokenizer.vocabulary * (length or self.window)
         size = min(FIXED_BATCH if reproducible else BATCH, max(1, 2**24 // width))
+        size = max(1, size // max(how.get("particles", 1), 1))
         for first in range(0, n, size):
             part = size if reproducible else min(size, n - first)
             *_, last = self.stream(part, length, calls, **how, first_row=first)
