@@ -89,12 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", metavar="TEXT", help="how the texts begin")
     p.add_argument("--infill", metavar="TEXT", help='text with gaps, one underscore a token: "The ____ sat"')
     p.add_argument("--regex", metavar="PATTERN", help="texts match this regular expression as a whole")
-    p.add_argument("--must-contain", metavar="TEXT", action="append", default=[],
-                   help="this occurs in the texts; may be repeated")  # fmt: skip
+    p.add_argument("--must-contain", metavar="TEXT", action="append", default=[], help="it occurs; may be repeated")
     p.add_argument("--words", type=Path, metavar="FILE", help="texts have no other words than those of this file")
     p.add_argument("--acrostic", metavar="WORD", help="the texts' lines begin with its letters")
-    p.add_argument("--particles", type=int, default=1, metavar="N",
-                   help="draw each such text from N by weight, towards the model's law given the pattern")  # fmt: skip
+    p.add_argument("--particles", type=int, default=1, metavar="N", help="draw each such text from N, by weight")
     p.add_argument("--proofread", metavar="TEXT", help="mend this text instead, without being told where it is wrong")
     p.add_argument("--strength", type=float, default=0.05, help="share of wrong tokens to expect (default: 0.05)")
     p.add_argument("--stop", action="store_true", help="end a text where a document ends (families from left to right)")
@@ -278,11 +276,9 @@ def _sample(args: argparse.Namespace) -> int:
     model = load(path, args.device, args.precision)
     if args.proofread is not None:
         return _proofread(args, model)
-    how = {
-        "sampler": args.sampler, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
-        "prompt": args.prompt, "infill": args.infill, "stop": args.stop, "regex": args.regex,
-        "must_contain": args.must_contain, "words": args.words, "acrostic": args.acrostic, "particles": args.particles,
-    }  # fmt: skip
+    written = ("sampler", "temperature", "top_p", "seed", "prompt", "infill", "stop")
+    held = ("regex", "must_contain", "words", "acrostic", "particles")
+    how = {name: getattr(args, name) for name in (*written, *held)}
     if args.watch and not args.json:
         model.watch(args.n, args.length, args.calls, **how)
         return 0
