@@ -61,7 +61,9 @@ class Hold:
         """
         if not isinstance(step, HasDraft):
             able = [name for name, other in process.steps.items() if isinstance(other, HasDraft)]
-            raise UserError(f"this sampler cannot be held to a pattern; use another: {', '.join(able) or 'none can'}")
+            if not able:
+                raise UserError("this family cannot be held to a pattern; use a run of discrete noise, such as masked")
+            raise UserError(f"this sampler cannot be held to a pattern; use another: {', '.join(able)}")
         if self.automaton.vocabulary != process.vocabulary:
             raise ValueError("the automaton is of another vocabulary")
         tokens = written.masked_fill(~fixed, -1).cpu().numpy()
