@@ -19,7 +19,7 @@ FLOORS = [
     {"families"},  # and every file in families/
     {"data", "settings", "training", "sampling", "constraints", "evaluation", "template"},
     {"config", "run", "presets", "card", "fit", "model", "report", "catalogue", "verification", "watching"},
-    {"doctor", "terminal", "demo", "cli", "__main__"},
+    {"doctor", "terminal", "demo", "cli", "ui", "__main__"},  # and every file in ui/
 ]
 
 
@@ -35,7 +35,7 @@ def rooms() -> dict[str, ast.Module]:
 def floor(room: str) -> int:
     if room.startswith("families."):
         return 2
-    room = room.split(".")[0] if room.startswith("verification.") else room
+    room = room.split(".")[0] if room.startswith(("verification.", "ui.")) else room
     matches = [i for i, names in enumerate(FLOORS) if room in names]
     assert matches, f"{room} has no floor: say in tests/test_architecture.py where it belongs"
     return matches[0]

@@ -120,6 +120,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", type=float, help="of the samples")
     p.add_argument("--seed", type=int, default=0)
 
+    p = verb("ui", _ui, "serve a page: write, edit, compare, look inside (needs the extra ui)", False)
+    p.add_argument(
+        "runs", nargs="*", type=Path, metavar="RUN", help="run directories (default: the newest under runs/)"
+    )
+    p.add_argument("--port", type=int, help="(default: the first free one from 7860)")
+    p.add_argument("--server-name", metavar="HOST", help="address to listen at (default: 127.0.0.1, this machine only)")
+    p.add_argument("--share", action="store_true", help="make a public link, through gradio's servers")
+
     p = verb("verify", _verify, "prove the mathematics of a family on worlds small enough to enumerate")
     p.add_argument("family", nargs="?", metavar="FAMILY|FILE.py",
                    help="a family, or your own in a .py file, which is run (default: all families)")  # fmt: skip
@@ -357,6 +365,20 @@ def _numbers(text: str) -> list[int]:
     if not found or min(found) < 1:
         raise UserError(f"--calls takes whole numbers from 1 up, separated by commas, not {text!r}")
     return found
+
+
+# -- ui -----------------------------------------------------------------------------------------------------------
+
+
+def _ui(args: argparse.Namespace) -> int:
+    from importlib.util import find_spec
+
+    if find_spec("gradio") is None:
+        raise UserError("the page needs gradio; install it with: pip install 'textdiffusion[ui]'")
+    from textdiffusion.ui.serving import serve
+
+    serve(args.runs, args.device, args.server_name, args.port, args.share)
+    return 0
 
 
 # -- verify, families, doctor -------------------------------------------------------------------------------------
