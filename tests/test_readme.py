@@ -6,8 +6,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +28,26 @@ def quickly(command: str) -> str:
         command = re.sub(r"--(minutes|steps) [\d.]+", "", command)
         return command + " --steps 20 --set training.batch=8 --depth 1"
     return command
+
+
+def serves(command: str, folder: Path, environment: dict[str, str]) -> None:
+    """A command that serves a page: it answers, and ends with Ctrl-C."""
+    server = subprocess.Popen(
+        shlex.split(command), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a test run in the background ignores
+    )  # fmt: skip
+    patience = threading.Timer(300, server.kill)
+    patience.start()
+    try:
+        line = server.stdout.readline()
+        assert "http://127.0.0.1:" in line, (line, server.poll())
+        with urllib.request.urlopen(line.split()[4]) as answer:
+            assert b"textdiffusion" in answer.read()
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0
+    finally:
+        patience.cancel()
+        server.kill()
 
 
 def test_the_minute_of_use_runs_as_shown(tmp_path):
@@ -47,6 +70,9 @@ def test_the_minute_of_use_runs_as_shown(tmp_path):
                 command = line.partition("  #")[0].strip()
                 if not command.startswith("textdiffusion"):
                     assert not command or command.startswith((*SETUP, "#", "source", ".venv")), command
+                    continue
+                if command.startswith("textdiffusion ui"):
+                    serves(command, tmp_path, environment)
                     continue
                 result = subprocess.run(
                     shlex.split(quickly(command)), cwd=tmp_path, capture_output=True, text=True, check=False,

@@ -180,6 +180,10 @@ class Tokenizer:
 
     def pieces(self) -> list[str]:
         """A string to show for every id, [V]; bytes that are not a whole character look like \\xe2."""
+        return list(self._pieces)
+
+    @cached_property
+    def _pieces(self) -> list[str]:
         shown = [piece.decode("utf-8", "backslashreplace") for piece in self._token_bytes]
         shown[self.end_of_text] = self.end_token
         return shown

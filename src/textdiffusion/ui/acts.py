@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from textdiffusion.errors import UserError
@@ -147,6 +147,8 @@ def rewrite(run: Loaded, parts: Sequence[tuple[str, bool]], wish: Wish, stop: th
     if run.no_rewriting:
         raise UserError(run.no_rewriting)
     tokens = run.model.tokenizer
+    if any(one.endswith("\\") and chosen for (one, _), (_, chosen) in pairwise(parts)):
+        raise UserError("a backslash right before a mark would make a plain underscore of it; mark the backslash too")
     template = "".join("_" * len(tokens.encode(p)) if chosen else p.replace("_", "\\_") for p, chosen in parts)
     wish = Wish(**asdict(wish) | {"text": template, "stop": False})
     wish.check(run)

@@ -114,7 +114,7 @@ class Loaded:
         own = " The template has its own length." if _GAP.search(text) else ""
         over = self.model.process.bounded and len(template) > self.model.window
         bound = f" Too long: this run knows texts of at most {self.model.window} tokens." if over else own
-        return f"{given} tokens given, {len(template) - given} to write.{bound}"
+        return f"{given} token{'s' * (given != 1)} given, {len(template) - given} to write.{bound}"
 
     def examples(self) -> list[str]:
         """Templates to begin with, as far as the tokenizer has seen their symbols and the family can fill them."""

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
+from unicodedata import category
 
 from textdiffusion.process import Gaussian, Process
 from textdiffusion.watching import CONFIDENCE, NEWLINE, TextFrame
@@ -62,7 +63,7 @@ def visible(piece: str) -> str:
     shown = piece.replace("\n", NEWLINE + "\n")
     if shown.isprintable():
         return shown
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in shown)
+    return "".join(c if category(c) != "Cc" or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in shown)
 
 
 def difference(before: str, after: str) -> list[Cell]:
