@@ -8,9 +8,8 @@ import time
 
 import pytest
 
-import textdiffusion as td
+from small_runs import small_run
 from textdiffusion.ui.canvas import row_html
-from textdiffusion.ui.loaded import Loaded
 from textdiffusion.ui.recording import cells
 from textdiffusion.watching import BLANK
 
@@ -18,8 +17,7 @@ pytestmark = pytest.mark.slow
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-quic", "--no-first-run",
              "--disable-component-update", "--disable-sync"]  # fmt: skip
-SMALL = ["training.batch=8", "network.width=32", "network.heads=2"]
-PATIENCE = 120_000  # milliseconds; the machine may be busy
+PATIENCE = 900_000  # milliseconds; the machine may be busy
 SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 
 
@@ -41,12 +39,9 @@ def served(browser, tmp_path_factory):
     from textdiffusion.ui.page import Page
     from textdiffusion.ui.serving import launch
 
-    folder, runs = tmp_path_factory.mktemp("runs"), []
-    for family, more in (("masked", {}), ("block", {}), ("uniform", {"tokenizer": "byte"})):
-        model = td.train(
-            folder / family, family=family, depth=1, steps=10, length=48, device="cpu", settings=SMALL, **more
-        )
-        runs.append(Loaded(family, folder / family, model))
+    folder = tmp_path_factory.mktemp("runs")
+    kinds = {"masked": "char", "block": "char", "uniform": "byte"}
+    runs = [small_run(folder / family, family, 48, tokenizer) for family, tokenizer in kinds.items()]
     page = Page(runs)
     app = page.build()
     yield page, launch(app, None, None, False)

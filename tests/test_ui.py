@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import textdiffusion as td
+from small_runs import small_run
 from textdiffusion.cli import main
 from textdiffusion.errors import UserError
 from textdiffusion.process import as_network
@@ -26,18 +27,14 @@ from textdiffusion.ui.recording import Panel, Recording, cells, degree, differen
 from textdiffusion.ui.streaming import LONGEST, OVERHEAD, Jobs, Pace, in_words, show, told
 from textdiffusion.watching import BLANK, TextFrame
 
-SMALL = ["training.batch=8", "network.width=32", "network.heads=2"]
-FAMILIES = ("masked", "uniform", "block")
+FAMILIES = ("masked", "uniform", "block", "autoregressive")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Loaded]:
-    """A small run of each kind: hides, replaces, writes from left to right."""
-    folder, found = tmp_path_factory.mktemp("runs"), {}
-    for family in FAMILIES:
-        model = td.train(folder / family, family=family, depth=1, steps=10, length=24, device="cpu", settings=SMALL)
-        found[family] = Loaded(family, folder / family, model)
-    return found
+    """A small run of each kind: hides, replaces, writes from left to right in blocks, or token by token."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {family: small_run(folder / family, family, 24) for family in FAMILIES}
 
 
 def recording_in(page: str) -> dict:
@@ -83,7 +80,9 @@ def test_every_state_of_a_character_has_its_code(runs):
 
 
 def test_only_noise_that_replaces_leaves_tokens_tentative(runs):
-    assert {family: run.revises for family, run in runs.items()} == {"masked": False, "uniform": True, "block": False}
+    assert {family: run.revises for family, run in runs.items()} == {
+        "masked": False, "uniform": True, "block": False, "autoregressive": False,
+    }  # fmt: skip
 
 
 def test_a_row_of_html_says_what_the_cells_say():
@@ -345,10 +344,12 @@ def test_marks_and_random_words_say_what_is_rewritten():
 def test_rewriting_keeps_what_is_not_marked(runs):
     text = "It was a_[[bright]] day"
     body = written(acts.rewrite(runs["masked"], marked(text), Wish(text, n=2, seed=1), threading.Event()))
-    for new in body["panels"][0]["texts"]:
-        assert new.startswith("It was a_") and new.endswith(" day") and len(new) == len("It was a_bright day")
-    middle = [new[len("It was a_") : -len(" day")] for new in body["panels"][0]["texts"]]
-    assert body["note"] == "Rewritten: " + "; ".join(f"bright → {visible(part)}" for part in middle)
+    rows = replayed(body["panels"][0]["steps"])[-1]
+    for row in rows:
+        assert [code == "g" for code, _ in row] == [True] * 9 + [False] * 6 + [True] * 4
+        assert "".join(piece for code, piece in row if code == "g") == "It was a_ day"
+    new = ["".join(piece for code, piece in row if code != "g") for row in rows]
+    assert body["note"] == "Rewritten: " + "; ".join(f"bright → {part}" for part in new)
     with pytest.raises(UserError, match="backslash"):
         list(acts.rewrite(runs["masked"], marked("a\\[[b]]"), Wish(), threading.Event()))
     with pytest.raises(UserError, match="families can: masked"):
@@ -394,11 +395,11 @@ def test_calls_are_a_number_or_one_a_token():
 
 
 def test_a_run_says_what_it_can_do_and_why_not(runs):
-    masked, uniform, block = (runs[family] for family in FAMILIES)
+    masked, uniform, block, left_to_right = (runs[family] for family in FAMILIES)
     assert masked.no_rewriting == "" and "masked" in block.no_rewriting and "block" in block.no_rewriting
     assert uniform.no_proofreading == "" and "--family uniform" in masked.no_proofreading
     assert (masked.longest, block.longest) == (24, 1024) and block.stops and not masked.stops
-    assert masked.takes_calls and block.takes_calls
+    assert masked.takes_calls and uniform.takes_calls and block.takes_calls and not left_to_right.takes_calls
     assert masked.samplers[0] == "random" and "Window of 24" in masked.describe()
     assert any("____" in text for text in masked.examples()) and not any("____" in text for text in block.examples())
     assert masked.count("", 20) == "Nothing given: 20 tokens to write."
@@ -410,8 +411,9 @@ def test_a_run_says_what_it_can_do_and_why_not(runs):
 def test_the_card_and_the_curve_are_the_runs_own(runs, tmp_path):
     run = runs["masked"]
     assert run.card().startswith("# masked") and "library_name" not in run.card()
-    rows = run.metrics()
-    assert rows and all(row["bits_per_char"] > 0 and row["step"] > 0 for row in rows)
+    assert run.metrics() == [
+        {"step": 1.0, "minutes": 1.0, "bits_per_char": 6.0}, {"step": 2.0, "minutes": 2.0, "bits_per_char": 5.0},
+    ]  # fmt: skip
     torn = replace(run, path=tmp_path)
     assert torn.metrics() == [] and "no card" in torn.card()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "seconds": 60, "bits_per_char": 3.5}\nnull\n{"step": 2, "sec')
@@ -475,6 +477,7 @@ def test_the_noise_curve_is_the_schedule(runs):
     assert np.abs(changed["masked"] - t).max() < spread
     assert np.abs(changed["uniform"] - t * (1 - 1 / vocabulary)).max() < spread
     assert np.abs(changed["block"] - t).max() < spread  # the blocks from the last one on
+    assert np.abs(changed["autoregressive"] - np.ceil(t * inside.PROBE) / inside.PROBE).max() < 1e-9
 
 
 # -- the app ------------------------------------------------------------------------------------------------------

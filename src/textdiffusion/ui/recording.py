@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from functools import lru_cache
 from typing import Any
 from unicodedata import category
 
@@ -58,6 +59,7 @@ def _code(token: int, given: bool, confidence: float, letter: str) -> str:
     return "n" if token < 0 or confidence == 0 else f"{letter}{degree(confidence)}"
 
 
+@lru_cache(maxsize=1 << 16)
 def visible(piece: str) -> str:
     """A token's string with a sign for line ends, which stay, and for control characters, which do not."""
     shown = piece.replace("\n", NEWLINE + "\n")
