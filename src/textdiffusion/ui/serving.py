@@ -28,10 +28,12 @@ def launch(app: gr.Blocks, server_name: str | None, port: int | None, share: boo
         font_mono=["ui-monospace", "monospace"],
     )
     try:
+        # _frontend=False: gradio does not ask its own address first, and give up after three seconds on a busy machine.
         _, local, shared = app.launch(
             server_name=server_name, server_port=port, share=share, prevent_thread_lock=True, quiet=True,
             inbrowser=False, show_error=False, footer_links=[], run_history=False, ssr_mode=False, mcp_server=False,
             enable_monitoring=False, theme=theme, css=CSS, head=head() + SCRIPT,
+            _frontend=False,
         )  # fmt: skip
     except OSError as reason:
         place = f"{server_name or '127.0.0.1'}:{port or '7860-7959'}"
