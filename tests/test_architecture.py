@@ -14,12 +14,12 @@ FLOORS = [
     | {"automaton", "patterns"}
     | {"networks.shape", "networks.attention", "networks.candidates", "networks.clock", "networks.convolution"}
     | {"networks.ngrams", "networks.transformer"},
-    {"process", "conditioning", "absorbing", "replacing", "coded"}
+    {"process", "drafts", "conditioning", "absorbing", "replacing", "coded"}
     | {"steps.unmasking", "steps.ordering", "steps.denoising"},
     {"families"},  # and every file in families/
     {"data", "settings", "training", "sampling", "constraints", "evaluation", "template"},
     {"config", "run", "presets", "card", "fit", "model", "report", "catalogue", "verification", "watching"},
-    {"doctor", "terminal", "demo", "cli", "ui", "__main__"},  # and every file in ui/
+    {"doctor", "terminal", "demo", "flags", "cli", "ui", "__main__"},  # and every file in ui/
 ]
 
 

@@ -17,13 +17,14 @@ import textdiffusion as td
 from textdiffusion.automaton import Automaton
 from textdiffusion.cli import main
 from textdiffusion.constraints import Hold, reshape_uncut
+from textdiffusion.drafts import HasDraft
 from textdiffusion.errors import UserError
 from textdiffusion.families import family, names
 from textdiffusion.families.score_entropy import ScoreEntropyConfig
 from textdiffusion.families.uniform import UniformConfig
 from textdiffusion.noise import Noise
 from textdiffusion.patterns import expression
-from textdiffusion.process import Discrete, HasDraft, Prediction, State
+from textdiffusion.process import Discrete, Prediction, State
 from textdiffusion.replacing import Outlook
 from textdiffusion.sampling import sample
 from textdiffusion.verification.enumeration import enumerated_law, misfit

@@ -1,6 +1,6 @@
 """Sampling held to a pattern: every text matches, and with particles its law is that of the model given the pattern.
 
-A step that can be held (process.HasDraft) is two draws: a text, each token on its own from the model's law p, then the
+A step that can be held (drafts.HasDraft) is two draws: a text, each token on its own from the model's law p, then the
 state at s given that text. Held to an automaton A, the first is a joint draw from
 
     P(x_0) = prod_i p_i(x_0,i) [x_0 in A] / Z,
@@ -31,9 +31,10 @@ from torch import Tensor
 
 from textdiffusion.automaton import Automaton
 from textdiffusion.categorical import draw, reshape_law
+from textdiffusion.drafts import Draft, HasDraft
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
-from textdiffusion.process import Draft, HasDraft, Process, Step
+from textdiffusion.process import Process, Step
 
 COLDEST = 1e-6  # stands for temperature 0: the likeliest text that matches
 CUT = 1e4  # nats that a token costs which top-p leaves out

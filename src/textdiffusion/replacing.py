@@ -267,7 +267,7 @@ class Replacing(Process):
 @final
 @dataclass(frozen=True)
 class Rewriting:
-    """A step that moves the state towards a text, each position on its own (process.Draft): given the token v there,
+    """A step that moves the state towards a text, each position on its own (drafts.Draft): given the token v there,
 
         K(y | v) = q_s(y | v) [(1 - w(v)) q(x_t | y) / q(x_t | v) + w(v)],
 

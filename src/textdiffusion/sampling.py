@@ -12,9 +12,10 @@ from torch import Tensor
 
 from textdiffusion.categorical import draw, reshape_law
 from textdiffusion.constraints import Hold, reshape_uncut, several
+from textdiffusion.drafts import HasDraft
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
-from textdiffusion.process import HasDraft, Normal, Process, Reshape, State, Step
+from textdiffusion.process import Normal, Process, Reshape, State, Step
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def top_positions(score: Tensor, count: Tensor) -> Tensor:
 @final
 @dataclass(frozen=True)
 class Revealing:
-    """A step that reveals some positions of a text (process.Draft).
+    """A step that reveals some positions of a text (drafts.Draft).
 
     positions: bool [B L], the N positions where tokens are predicted; log_p: [N V]; revealed: bool [B L], some of them.
     """

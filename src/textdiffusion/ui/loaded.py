@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from textdiffusion.catalogue import listing
+from textdiffusion.config import newest_run
 from textdiffusion.errors import UserError
 from textdiffusion.families import family, names
 from textdiffusion.model import Model, load
-from textdiffusion.run import newest_run
 from textdiffusion.template import Template, gaps, prompt
 from textdiffusion.ui.recording import revises
 

@@ -1,0 +1,125 @@
+"""The command line's verbs and flags, and what each is for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from textdiffusion import __version__
+
+DEMO_MINUTES = 2.0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (`{self.prog} --help` lists what it takes)\n")
+
+
+def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
+    """The parser; ``acts`` says what each verb does."""
+    parser = _Parser(
+        prog="textdiffusion",
+        description="Diffusion language models: train one, watch it write, infill, evaluate.",
+        epilog="New here? `textdiffusion demo` trains a small model in two minutes and shows text appear out of noise.",
+    )
+    parser.add_argument("--version", action="version", version=f"textdiffusion {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+
+    def verb(name: str, text: str, json_flag: bool = True) -> Any:
+        p = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        p.set_defaults(act=acts[name])
+        p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+        if json_flag:
+            p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+        return p
+
+    p = verb("demo", "train a small model on built-in text and watch it write (about two minutes)", False)
+    p.add_argument("--minutes", type=float, default=DEMO_MINUTES, help="minutes of training (default: 2)")
+    p.add_argument("--out", type=Path, help="run directory (default: runs/demo)")
+    p.add_argument("--seed", type=int, default=0)
+
+    p = verb("train", "train a model")
+    p.add_argument("--family", default="masked", help="see `textdiffusion families` (default: masked)")
+    p.add_argument("--data", default="pydoc", metavar="pydoc|PATH|hf:NAME",
+                   help="built-in text; .txt, .jsonl, .csv, .parquet file, folder or glob; or a hub name")  # fmt: skip
+    p.add_argument("--text-field", default="text", help="field of the text in .jsonl, .csv, .parquet and hub data")
+    p.add_argument("--out", type=Path, metavar="RUN", help="run directory (default: a new one under runs/)")
+    p.add_argument(
+        "--preset", choices=["tiny", "small", "base"], help="size: 3, 6 or 12 blocks (default: what fits the minutes)"
+    )
+    p.add_argument("--depth", type=int, help="blocks; width, heads and learning rate follow")
+    p.add_argument("--tokenizer", default="char", metavar="char|byte|bpe:N|hf:NAME", help="(default: char)")
+    p.add_argument("--length", type=int, help="longest text, in tokens (default: 64)")
+    budget = p.add_mutually_exclusive_group()
+    budget.add_argument("--steps", type=int, help="optimiser steps")
+    budget.add_argument("--minutes", type=float, help="minutes of wall clock (default: 5)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the newest)")
+    p.add_argument("--set", action="append", default=[], metavar="PART.KEY=VALUE", dest="settings",
+                   help="any field of network, process, training or data; may be repeated")  # fmt: skip
+    p.add_argument("--compile", action="store_true", help="compile the network: half a minute, then faster steps")
+    p.add_argument("--dry-run", action="store_true", help="say what would be trained, and train nothing")
+
+    p = verb("sample", "write text")
+    p.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run directory (default: the newest under runs/)")
+    p.add_argument("-n", type=int, default=4, help="texts (default: 4)")
+    p.add_argument("--length", type=int, help="tokens (default: the training window)")
+    p.add_argument("--calls", type=int, metavar="T", help="network calls a text (default: one a token, the best)")
+    p.add_argument("--sampler", default="auto", help="auto, or a name from `textdiffusion families NAME`")
+    p.add_argument("--temperature", type=float, default=1.0)
+    p.add_argument("--top-p", type=float)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--prompt", metavar="TEXT", help="how the texts begin")
+    p.add_argument("--infill", metavar="TEXT", help='text with gaps, one underscore a token: "The ____ sat"')
+    p.add_argument("--regex", metavar="PATTERN", help="texts match this regular expression as a whole")
+    p.add_argument("--must-contain", metavar="TEXT", action="append", default=[], help="it occurs; may be repeated")
+    p.add_argument("--words", type=Path, metavar="FILE", help="texts have no other words than those of this file")
+    p.add_argument("--acrostic", metavar="WORD", help="the texts' lines begin with its letters")
+    p.add_argument("--particles", type=int, default=1, metavar="N", help="draw each such text from N, by weight")
+    p.add_argument("--proofread", metavar="TEXT", help="mend this text instead, without being told where it is wrong")
+    p.add_argument("--strength", type=float, default=0.05, help="share of wrong tokens to expect (default: 0.05)")
+    p.add_argument("--stop", action="store_true", help="end a text where a document ends (families from left to right)")
+    p.add_argument("--watch", action="store_true", help="show the denoising")
+    p.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+                   help="of the network (default: auto, what this machine multiplies faster)")  # fmt: skip
+    p.add_argument("--reproducible", action="store_true",
+                   help="the same texts bit for bit whatever -n: fp32, in batches of eight")  # fmt: skip
+
+    p = verb("eval", "measure bits per character of held-out text")
+    p.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run directory (default: the newest under runs/)")
+    p.add_argument("--data", metavar="PATH", help="other text, all of it held out (default: the run's held-out part)")
+    p.add_argument(
+        "--split", choices=["validation", "test"], default="validation", help="held-out part of the run's text"
+    )
+    p.add_argument("--calls", metavar="1,2,4,...", help="also of samplers with exactly so many network calls")
+    p.add_argument("--sampler", help="whose figures --calls gives (default: the family's first)")
+    p.add_argument("--eval-tokens", type=int, metavar="N", help="read about N tokens (default: all)")
+    p.add_argument("--draws", type=int, help="noisy copies of each window (default: 2, and more of a short text)")
+    p.add_argument(
+        "--samples", type=int, default=64, metavar="N", help="texts written for the statistics (default: 64)"
+    )
+    p.add_argument("--length", type=int, help="their tokens (default: the training window)")
+    p.add_argument("--temperature", type=float, default=1.0, help="of the samples")
+    p.add_argument("--top-p", type=float, help="of the samples")
+    p.add_argument("--seed", type=int, default=0)
+
+    p = verb("ui", "serve a page: write, edit, compare, look inside (needs the extra ui)", False)
+    p.add_argument(
+        "runs", nargs="*", type=Path, metavar="RUN", help="run directories (default: the newest under runs/)"
+    )
+    p.add_argument("--port", type=int, help="(default: the first free one from 7860)")
+    p.add_argument("--server-name", metavar="HOST", help="address to listen at (default: 127.0.0.1, this machine only)")
+    p.add_argument("--share", action="store_true", help="make a public link, through gradio's servers")
+
+    p = verb("verify", "prove the mathematics of a family on worlds small enough to enumerate")
+    p.add_argument("family", nargs="?", metavar="FAMILY|FILE.py",
+                   help="a family, or your own in a .py file, which is run (default: all families)")  # fmt: skip
+
+    p = verb("families", "list the families, or describe one")
+    p.add_argument("name", nargs="?", metavar="NAME")
+    verb("doctor", "describe this machine and what would be used on it")
+    return parser
