@@ -42,6 +42,7 @@ class ScoreEntropyConfig:
     sigma_min: float = 1e-4  # of geometric noise
     sigma_max: float = 20.0
     weight: Literal["bound", "flat"] = "flat"  # of times in training; bound: as in the bound
+    time: bool = True  # the network is told the noise level, at every layer
     given: float = 0.2  # share of the training examples in which some positions have no noise (uniform graph)
 
     def __post_init__(self) -> None:
@@ -107,7 +108,7 @@ class ScoreEntropy(Replacing):
     @classmethod
     def network_fields(cls, config: Any, vocabulary: int) -> dict[str, Any]:
         absorb = config.graph == "absorb"
-        fields = {"inputs": vocabulary + absorb, "outputs": vocabulary, "attention": "bidirectional", "time": True}
+        fields = {"inputs": vocabulary + absorb, "outputs": vocabulary, "attention": "bidirectional", "time": config.time}
         return fields | {"clean": not absorb and config.given > 0}
 
     def times(self, state: State) -> Tensor:

@@ -37,6 +37,7 @@ class UniformConfig:
     mask_share: float = 0.0  # of the replaced tokens; 1 is absorbing noise
     given: float = 0.2  # share of the training examples in which some positions have no noise
     conditioning: Literal["clean", "replacement"] = "clean"  # what the network is told of given positions
+    time: bool = True  # the network is told the noise level, at every layer
     renewal: float = 0.1  # share of the positions that the samplers psi and gibbs draw anew in a step
 
     def __post_init__(self) -> None:
@@ -72,7 +73,7 @@ class Uniform(Replacing):
     @classmethod
     def network_fields(cls, config: Any, vocabulary: int) -> dict[str, Any]:
         inputs = vocabulary + (config.mask_share > 0)
-        fields = {"inputs": inputs, "outputs": vocabulary, "attention": "bidirectional", "time": True}
+        fields = {"inputs": inputs, "outputs": vocabulary, "attention": "bidirectional", "time": config.time}
         return fields | {"clean": config.given > 0 and config.conditioning == "clean"}
 
     def times(self, state: State) -> Tensor:
