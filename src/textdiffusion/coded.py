@@ -7,12 +7,14 @@ network     logits f_i(v) from the noisy text: what all *other* positions say of
             best that can be done for independent, equally likely tokens.
 input       of a position: the belief softmax_v log q(z_i | v), which holds all that z_i says of its token; or z_i.
 bound       -log p(x) <= KL(q(z_1 | x) || prior) + 1/2 integral of -dSNR/dt E|e_x - mean|^2 dt + E[-log p(x | z_0)],
-            with equality for the exact posterior (VDM 2107.00630; I-MMSE).
+            for whatever mean the moves use and law the last call draws from; with equality for the exact posterior
+            (VDM 2107.00630; I-MMSE).
 T calls     T - 1 moves among reals, and the tokens drawn from p(x | z) in the last call: KL + sum over the moves of
             1/2 (SNR(s) - SNR(t)) E|e_x - mean(z_t)|^2 + E[-log p(x | z)] at the last call's time. Proven for every T.
 self-       The network may read what it said before (2208.04202). In sampling that is what the call before said; its
 conditioning  bound is then of whole trajectories, calls in order. In continuous time, and where nothing was said
-            before, a first call without it makes the estimate for the second: a function of z, so the bound holds.
+            before, a first call without it makes the estimate for the second: a function of z, so the bound holds, of
+            a sampler of two passes a call.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from textdiffusion.gaussian import (
     prior_divergence,
 )
 from textdiffusion.noise import Noise
-from textdiffusion.process import Context, Gaussian, Kind, Network, Nll, Prediction, Process, Reshape, State
+from textdiffusion.process import Context, Gaussian, Network, Nll, Prediction, Process, Reshape, State
 from textdiffusion.steps.denoising import denoising_steps
 
 
@@ -57,7 +59,7 @@ class CodedConfig:
     self_conditioning: float = 0.5  # share of the training examples that read what the network said before
     given: float = 0.2  # share of the training examples in which some positions have no noise
     conditioning: Conditioning = "clean"
-    churn: float = 0.1  # of the sampler churn: how much of the noise it adds back, as a share of sigma / alpha
+    churn: float = 0.5  # of the sampler churn: share of a step that it goes too far, and comes back by noise
     delta: float = 0.0  # of the sampler ddim: steps that the state is moved further than the network is told
 
     def __post_init__(self) -> None:
@@ -69,6 +71,8 @@ class CodedConfig:
                 raise UserError(f"process.{name} must be from 0 to {high:,}, not {getattr(self, name)}")
         if self.input not in ("belief", "reals") or self.conditioning not in ("clean", "replacement"):
             raise UserError("process.input must be belief or reals, process.conditioning clean or replacement")
+        if self.conditioning == "replacement" and self.self_conditioning > 0:
+            raise UserError("process.conditioning=replacement goes with process.self_conditioning=0.0")
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Guess:
 
     def mean(self, log_p: Tensor, codes: Tensor) -> Tensor:
         """The predicted code [N W]."""
-        return log_p.exp() @ codes.to(log_p.dtype) if self.reals is None else self.reals
+        return log_p.exp() @ codes.to(log_p) if self.reals is None else self.reals
 
 
 @dataclass(frozen=True)
@@ -144,10 +148,6 @@ class Coded(Process):
     def cost(self, said: Said, guess: Guess, x_0: Tensor) -> Tensor:
         """What training minimises, [N], for the tokens x_0 [N] of N positions."""
 
-    @abstractmethod
-    def claims(self) -> bool:
-        """Whether its likelihood is bounded: whether the tokens' law and the mean of the code belong together."""
-
     @staticmethod
     def coded_fields(config: Any, width: int, vocabulary: int) -> dict[str, Any]:
         """Fields of the network that all such families decide."""
@@ -182,14 +182,14 @@ class Coded(Process):
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Noise) -> State:
         alpha, sigma = (part.view(-1, 1, 1) for part in alpha_sigma(self.log_snr(t)))
         eps = noise.normal("reals", x_0.shape[1], self.width)
-        return State(alpha * self.codes().double()[x_0] + sigma * eps, t.double())
+        return State(alpha * self.embed(x_0) + sigma * eps, t.double())
 
     def prior_sample(self, rows: int, length: int, noise: Noise) -> State:
         z = noise.normal("prior", length, self.width)
         return State(z, torch.ones(rows, dtype=torch.float64, device=noise.device))
 
     def embed(self, symbols: Tensor) -> Tensor:
-        return self.codes().double()[symbols]
+        return self.codes().to(symbols.device).double()[symbols]
 
     # -- the network ----------------------------------------------------------------------------------------------
     def free(self, state: State) -> Tensor:
@@ -222,7 +222,7 @@ class Coded(Process):
         levels, z = self._levels(state), z.to(self._dtype)
         own = None
         if self.config.input == "belief":
-            own = evidence(z, self.codes().to(z.dtype), levels.unsqueeze(-1).to(z.dtype))
+            own = evidence(z, self.codes().to(z), levels.unsqueeze(-1).to(z.dtype))
         # Either way about of unit norm.
         read = z / self.width**0.5 if own is None else own.softmax(-1)
         times = None
@@ -236,7 +236,7 @@ class Coded(Process):
         if not self.config.evidence:
             own = None
         elif own is None:
-            own = evidence(z, self.codes().to(z.dtype), level.to(z.dtype))
+            own = evidence(z, self.codes().to(z), level.to(z.dtype))
         else:
             own = own[asked]
         return Said(outputs.to(z.dtype), z, level.to(z.dtype), own)
@@ -246,7 +246,7 @@ class Coded(Process):
         log_p = guess.posterior()
         codes = self.codes().detach()
         mean = state.x.detach().clone()
-        likeliest = nearest(mean, codes.to(mean.dtype))
+        likeliest = nearest(mean, codes.to(mean))
         mean[asked] = guess.mean(log_p, codes).to(mean.dtype)
         likeliest[asked] = log_p.argmax(-1)
         if self.config.input == "reals":
@@ -321,16 +321,16 @@ class Coded(Process):
         """One draw of the bound: in continuous time, or of the ancestral sampler at exactly ``calls`` calls."""
         ones = torch.ones(len(x_0), dtype=torch.float64, device=x_0.device)
         prior = prior_divergence(self.embed(x_0), self.log_snr(ones).view(-1, 1, 1)).sum((-1, -2))
-        kind: Kind = "upper" if self.claims() else "none"
         if calls is None:
             t = noise.stratified("time")
             diffusion = self.rate(x_0, self.q_sample(x_0, t, noise))
             last = self.reconstruction(x_0, self.q_sample(x_0, 0 * ones, noise.at(noise.step + 1)))
-            return Nll(diffusion, prior, last, kind, "ancestral")
+            passes = "ancestral" if self.config.self_conditioning == 0 else "ancestral, of two passes a call"
+            return Nll(diffusion, prior, last, "upper", passes)
         times = torch.tensor(self.plan(x_0[0] >= 0, calls, "ancestral"), dtype=torch.float64, device=x_0.device)
         if self.config.self_conditioning > 0:
             diffusion, last = self._trajectory(x_0, times, noise)
-            return Nll(diffusion, prior, last, kind, "ancestral", len(times))
+            return Nll(diffusion, prior, last, "upper", "ancestral", len(times))
         moves = len(times) - 2
         last = self.reconstruction(x_0, self.q_sample(x_0, times[moves] * ones, noise.at(noise.step + 1)))
         diffusion = torch.zeros_like(ones)
@@ -338,7 +338,7 @@ class Coded(Process):
             k = (noise.stratified("step") * moves).long().clamp(max=moves - 1)
             state = self.q_sample(x_0, times[k], noise)
             diffusion = moves * self._move_divergence(x_0, self.predict(state), times[k], times[k + 1])
-        return Nll(diffusion, prior, last, kind, "ancestral", calls)
+        return Nll(diffusion, prior, last, "upper", "ancestral", calls)
 
     def _move_divergence(self, x_0: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
         """KL(q(z_s | z_t, x_0) || law of the ancestral move), nats [B]: 1/2 (SNR(s) - SNR(t)) |e_x - mean|^2."""
@@ -399,7 +399,7 @@ class Coded(Process):
 
     def decode(self, state: State) -> Tensor:
         """What the network thinks the tokens are, while there is noise; the nearest codes where it was not asked."""
-        found = nearest(state.x, self.codes().to(state.x.dtype))
+        found = nearest(state.x, self.codes().to(state.x))
         memory = state.memory
         if memory is None or memory.tokens is None:
             return found

@@ -61,7 +61,8 @@ def override(config: RunConfig, settings: list[str]) -> RunConfig:
     training = with_fields(TrainingConfig, parts["training"], "training")
     with_fields(TransformerConfig, {"inputs": 1, "outputs": 1} | parts["network"], "network")
     cls = family(config.family)
-    decided = cls.network_fields(with_fields(cls.Config, parts["process"], "process"), 1)
+    of_family = cls.network_fields(with_fields(cls.Config, parts["process"], "process"), 1)
+    decided = dict.fromkeys(("estimates", "codes", "code_width", "clock"), 0) | {"reals": False} | of_family
     for name in decided.keys() & parts["network"].keys():
         raise UserError(f"network.{name} is decided by the {config.family} family and cannot be set")
     with_fields(TransformerConfig, parts["network"] | decided, "network")

@@ -46,7 +46,7 @@ def _cosine() -> LogSnr:
 
 
 def _linear() -> LogSnr:
-    """beta linear in t: alpha^2 = exp(-(1e-4 + 10 t^2)), the continuous limit of DDPM's 1e-4 .. 0.02 (2006.11239)."""
+    """beta linear in t: alpha^2 = exp(-(1e-4 + 10 t^2)), near DDPM's 1e-4 .. 0.02 of 1,000 steps (2006.11239)."""
 
     def grown(t: Tensor) -> Tensor:
         return 1e-4 + 10 * t.double().square()
@@ -115,20 +115,21 @@ def table(knots: Tensor, name: str = "table") -> LogSnr:
 
 
 def learned_clock(costs: Tensor) -> LogSnr:
-    """lambda(t) with what a token costs linear in t, from the costs by bin [n] of falling log-SNR."""
-    rising = costs.double().cummax(0).values
-    steps = torch.cat((rising[:1].clamp(min=0), rising.diff().clamp(min=0)))
-    total = steps.sum()
-    if not float(total) > 0:
+    """lambda(t) with what a token costs linear in t, from mean costs [n] in n equal ranges of falling log-SNR."""
+    if not bool((costs > 0).any()):
         return LOG_SNRS["cosine"]  # nothing has been learnt yet
-    share = steps / total
-    share = (1 - EVEN_SHARE) * share + EVEN_SHARE / len(steps)
+    # A range's mean stands at its middle; nothing is paid at the top, and no more than in the last range at the bottom.
+    known = costs.double()
+    rising = torch.cat((known.new_zeros(1), known, known[-1:])).cummax(0).values
+    width = (HIGHEST - LOWEST) / len(costs)
+    middles = HIGHEST - width * (torch.arange(len(costs), dtype=torch.float64, device=costs.device) + 0.5)
+    places = torch.cat((middles.new_tensor([HIGHEST]), middles, middles.new_tensor([LOWEST])))
+    share = (1 - EVEN_SHARE) * rising.diff() / rising[-1] + EVEN_SHARE * -places.diff() / (HIGHEST - LOWEST)
     t = torch.cat((share.new_zeros(1), share.cumsum(0)))
-    edges = torch.linspace(HIGHEST, LOWEST, len(costs) + 1, dtype=torch.float64, device=costs.device)
     wanted = torch.linspace(0, 1, KNOTS, dtype=torch.float64, device=costs.device)
-    piece = (torch.searchsorted(t, wanted, right=True) - 1).clamp(0, len(costs) - 1)
+    piece = (torch.searchsorted(t, wanted, right=True) - 1).clamp(0, len(places) - 2)
     within = ((wanted - t[piece]) / (t[piece + 1] - t[piece])).clamp(0, 1)
-    return table(edges[piece] + within * (edges[piece + 1] - edges[piece]), "adaptive")
+    return table(places[piece] + within * places.diff()[piece], "adaptive")
 
 
 def alpha_sigma(log_snr: Tensor) -> tuple[Tensor, Tensor]:

@@ -249,8 +249,8 @@ class Model:
         t = self.process.time_of(strength)
         if t is None:
             raise UserError(
-                f"the noise of this {self.config.family} run only hides tokens, so it cannot tell wrong ones; train "
-                "one with --family uniform"
+                f"the noise of this {self.config.family} run never makes one token another, so it finds no wrong ones; "
+                "train one with --family uniform"
             )
         if not 1 <= calls <= LONGEST:
             raise UserError(f"--calls must be from 1 to {LONGEST:,}, not {calls}")

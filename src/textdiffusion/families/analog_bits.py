@@ -5,11 +5,11 @@ network     output = "softmax": logits of tokens; x_0 is the mean of the codes u
             factorisation). output = "bits": one logit a bit; the mean of bit j is tanh of half of it.
             To either is added what the noisy bits say themselves (``evidence``).
 loss        Cross-entropy of p(v | z), at every noise level; for bits, their mean squared error.
-bound       coded.py, for softmax. For bits there is none: a token's law and the mean of its bits, taken one by one, do
-            not belong together, and some codes stand for no token.
+bound       coded.py. The paper claims none for bits; that of a move needs only the mean that the move uses, and that of
+            the last call a law of tokens, which is that of the codes that stand for one.
 sampling    steps/denoising.py. Bits end in the likeliest code that stands for a token; ``dead_share`` says how much of
             the law was on codes that do not.
-departs from the paper in: cross-entropy, evidence, a clock in which tokens cost the same at all times, beliefs as
+departs from the paper in: cross-entropy, evidence, a clock in which what tokens cost is linear, beliefs as
             inputs, tokens drawn and not thresholded in the last call. Self-conditioning tosses a coin an example.
 """
 
@@ -97,9 +97,6 @@ class AnalogBits(Coded):
 
     def codes(self) -> Tensor:
         return self.book
-
-    def claims(self) -> bool:
-        return bool(self.config.output == "softmax")
 
     def guess(self, said: Said) -> Guess:
         if self.config.output == "softmax":

@@ -8,9 +8,9 @@ network     target = "tokens": logits of tokens; x_0 is the mean of the embeddin
 loss        Cross-entropy of p(v | z) at every noise level: it teaches the embeddings to stay apart, and the head that
             decodes. For real targets their mean squared error is added.
 bound       coded.py, whatever the target: the mean is what the move uses, the tokens' law what the last call draws.
-departs from the second system in: everything that systems' notes list as broken there: the noise ends in the prior,
-            the head that decodes is trained, embeddings cannot collapse, fewer calls than training steps start at the
-            right noise, time conditions every layer, the state's scale is not normalised away.
+departs from the second system in: the noise ends in the prior, the head that decodes is trained, embeddings cannot
+            collapse, fewer calls than training steps start at the right noise, the state's scale is kept. The noise
+            level is told at every layer only if asked for (``time``): beliefs say it.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class GaussianEmbeddingConfig(CodedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.width <= 65536:
-            raise UserError(f"process.width must be from 1 to 65,536, not {self.width}")
+        if not 2 <= self.width <= 65536:  # one real of fixed size tells two tokens apart
+            raise UserError(f"process.width must be from 2 to 65,536, not {self.width}")
         if self.target not in ("tokens", "x_0", "eps", "v", "flow"):
             raise UserError(f"process.target must be tokens, x_0, eps, v or flow, not {self.target!r}")
 
@@ -74,9 +74,6 @@ class GaussianEmbedding(Coded):
         raw = getattr(self.network, "codes", None)
         raw = self.fallback if raw is None else raw.to(torch.promote_types(raw.dtype, torch.float32))
         return raw * (raw.shape[-1] ** 0.5 / raw.norm(dim=-1, keepdim=True))
-
-    def claims(self) -> bool:
-        return True
 
     def guess(self, said: Said) -> Guess:
         if self.config.target == "tokens":

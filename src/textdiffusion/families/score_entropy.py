@@ -108,8 +108,8 @@ class ScoreEntropy(Replacing):
     @classmethod
     def network_fields(cls, config: Any, vocabulary: int) -> dict[str, Any]:
         absorb = config.graph == "absorb"
-        fields = {"inputs": vocabulary + absorb, "outputs": vocabulary, "attention": "bidirectional", "time": config.time}
-        return fields | {"clean": not absorb and config.given > 0}
+        fields = {"inputs": vocabulary + absorb, "outputs": vocabulary, "attention": "bidirectional"}
+        return fields | {"time": config.time, "clean": not absorb and config.given > 0}
 
     def times(self, state: State) -> Tensor:
         # A [MASK] says of itself that it is noise; nothing need be said of the given tokens.

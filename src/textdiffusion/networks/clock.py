@@ -33,7 +33,8 @@ class Clock(nn.Module):
         total, count = self.pending
         seen = count > 0
         mean = (total / count.clamp(min=1)).to(self.costs.dtype)
-        self.costs[seen] += FORGET * (mean[seen] - self.costs[seen])
+        share = torch.where(self.costs[seen] == 0, 1.0, FORGET)  # what is seen first is all that is known
+        self.costs[seen] += share * (mean[seen] - self.costs[seen])
         self.pending.zero_()
         self.step.fill_(step)
 

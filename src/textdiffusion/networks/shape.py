@@ -49,6 +49,8 @@ class TransformerConfig:
             raise UserError(
                 "network.dropout must be in [0, 1), network.expansion in (0, 64], network.classes 0 or more"
             )
+        if self.reals and self.ngrams:
+            raise UserError("network.ngrams are of symbols, and this family's positions hold reals; leave them at 0")
         if not (self.ngrams == 0 or 2 <= self.ngrams <= 8):
             raise UserError(f"network.ngrams must be 0, or from 2 to 8, not {self.ngrams}")
         if self.positions == "rotary" and self.width // self.heads % 2:

@@ -331,7 +331,7 @@ class Transformer(nn.Module):
             angle = t.float().unsqueeze(-1) * frequency
             c = self.time(torch.cat((angle.sin(), angle.cos()), -1).to(dtype))
         if self.classes is not None:
-            label = x.new_full((len(x),), -1) if condition is None else condition
+            label = torch.full((len(x),), -1, device=x.device) if condition is None else condition
             embedded = self.classes(label + 1).to(dtype)
             c = embedded if c is None else c + embedded
         return None if c is None else F.silu(c)

@@ -10,7 +10,6 @@ churn       ddim to less noise than asked for, and noise added back up to it (22
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
@@ -58,9 +57,11 @@ class Denoising(Step):
         to = (s - self.delta * (state.t - s)).clamp(min=0)
         now, then = (self.process.log_snr(t)[row].unsqueeze(-1) for t in (state.t, to))
         x_0 = guess.mean(log_p, self.process.codes()).double()
-        if self.second_order and state.memory is not None and state.memory.mean is not None:
+        # What was said before is as it was said: beside a reshaped law it would be another's.
+        plain = torch.equal(log_p, guess.posterior())
+        if self.second_order and plain and state.memory is not None and state.memory.mean is not None:
             before = self.process.log_snr(state.memory.t)[row].unsqueeze(-1)
-            ahead = 0.5 * (then - now) / (now - before)  # 1 / 2r
+            ahead = (0.5 * (then - now) / (now - before)).clamp(max=1.0)  # 1 / 2r, but no wild guess from a short step
             x_0 = (1 + ahead) * x_0 - ahead * state.memory.mean[asked]
         mean, deviation = self.move(state.x[asked].double(), x_0, now, then)
         return Normal(asked, mean, deviation)
@@ -73,7 +74,7 @@ def denoising_steps(process: Coded, churn: float, delta: float) -> dict[str, Ste
         return deterministic(z, x_0, now, then), torch.zeros_like(then)
 
     def churned(z: Tensor, x_0: Tensor, now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
-        low = then + 2 * math.log1p(churn)  # sigma / alpha smaller by 1 + churn
+        low = then + churn * (then - now)  # a share of the step, so that many steps come to the same law
         return noised(deterministic(z, x_0, now, low), low, then)
 
     return {

@@ -143,13 +143,17 @@ def _curve(subject: Subject) -> Iterator[Check]:
 
 
 def _estimates(subject: Subject, world: Table, sampler: str | None = None) -> Iterator[Check]:
-    """Means of nll's draws, for wrong models, in continuous time and for 2 calls; of the process as it is, or as a
-    sampler runs it that makes another of it."""
+    """Means of nll's draws, for wrong models, in continuous time and for 2 calls (where positions hold reals, also 4:
+    several moves, with what is carried between them); of the process as it is, or as a sampler runs it that makes
+    another of it."""
     estimated = []
-    for seed, calls in ((0, None), (1, None), (0, 2), (1, 2)):
+    cases: list[tuple[int, int | None]] = [(0, None), (1, None), (0, 2), (1, 2)]
+    if isinstance(subject.silent(world.vocabulary), HasSignal):
+        cases.append((0, 4))
+    for seed, calls in cases:
         process = subject.wrong(world, seed)
         process = process if sampler is None else process.by(sampler)
-        name = ("the bound" if calls is None else "the bound of 2 calls") + (f" of {sampler}" if sampler else "")
+        name = ("the bound" if calls is None else f"the bound of {calls} calls") + (f" of {sampler}" if sampler else "")
         # Texts that begin differently, mixed in one batch, as in evaluation.
         chosen = torch.tensor([number % len(world.texts) for number in SHOWN[::2]])
         some = world.texts[chosen]

@@ -29,6 +29,7 @@ POINTS = {1: 601, 2: 61}  # of the grid, by reals in a text
 COARSE = 81  # of one real, where every way to a point is followed by itself
 FINE = {1: 1000, 2: 120}  # where no step spreads a point
 REACH = 6.5
+COIN = Table(torch.tensor([0.3, 0.7], dtype=torch.float64))
 GRID_ERROR = 2e-3  # of laws, and nats of bounds
 FOLLOWED = 0.8  # smallest deviation, in cells, of a normal whose sum over the grid is right (to 3e-6)
 
@@ -39,9 +40,9 @@ def fitting(subject: Subject) -> list[Table]:
     Raises:
         UserError: there is none.
     """
-    first = subject.ideal(random_table(2, 1, seed=3))
-    most_reals = 1 if _reads(subject.wrong(random_table(2, 1, seed=3), 0), _start(first)) else 2
-    worlds = [random_table(2, 2), parity(2), random_table(V, 1), random_table(2, 1, seed=3)]
+    first = subject.ideal(COIN)
+    most_reals = 1 if _reads(subject.wrong(COIN, 0), _start(first)) else 2
+    worlds = [random_table(2, 2), parity(2), random_table(V, 1), COIN]
     worlds = [w for w in worlds if subject.silent(w.vocabulary).space.width * w.length <= most_reals]
     if not worlds:
         raise UserError("Gaussian noise can be enumerated for up to 2 reals a text; take a smaller config")
