@@ -28,7 +28,9 @@ ROWS = [
     ("schedule", "sqrt", EMBEDDING, ["process.schedule=sqrt"]),
     *(("times", str(n), EMBEDDING, ["process.schedule=cosine", f"process.times={n}"]) for n in (100, 500, 1000)),
     *(("depth", str(n), EMBEDDING, [f"network.depth={n}"]) for n in (4, 8, 12, 16)),
-    *(("target", t, EMBEDDING, [f"process.target={t}"]) for t in ("tokens", "x_0", "eps", "v", "flow")),
+    # Reals for all: a belief does not say where within its noise a position is, which eps and flow have to.
+    *(("target", t, EMBEDDING, [f"process.target={t}", "process.input=reals"])
+      for t in ("tokens", "x_0", "eps", "v", "flow")),
     *(("estimate", f"{f}, {share}", f, [f"process.self_conditioning={share}"])
       for f in (EMBEDDING, BITS) for share in (0.0, 0.5)),
     ("parts", "as it is", BITS, []),
@@ -64,7 +66,9 @@ def trained(out: Path, family: str, settings: list[str], options: argparse.Names
     name = "-".join([family, *(s.replace("/", "_") for s in settings)]) or family
     run = out / name
     how = ["--steps", str(options.steps)] if options.steps else ["--minutes", str(options.minutes)]
-    if not (run / "checkpoints").exists():
+    if (run / "config.json").exists():
+        verb("train", "--resume", "--out", str(run))  # where it was stopped; a finished one stays as it is
+    else:
         every = [word for s in settings for word in ("--set", s)]
         verb("train", "--family", family, "--data", options.data, "--length", str(options.length), "--out", str(run),
              *how, *every)  # fmt: skip

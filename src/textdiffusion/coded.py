@@ -53,8 +53,8 @@ class CodedConfig:
 
     schedule: str = "adaptive"  # adaptive: what a token costs is linear in t, as measured in training
     input: Literal["belief", "reals"] = "belief"  # what the network reads of a position
-    evidence: bool = True  # a position's own evidence is added to what the network says
-    times: int = 0  # noise levels that training knows, as DDPM's 1,000; 0: all of them
+    evidence: bool = True  # a position's own evidence is added to what the network says of its token or bits
+    times: int = 0  # noise levels that training draws from, as DDPM's 1,000; 0: all of them
     time: bool = False  # the network is told the noise level, at every layer; needed for reals, beliefs say it
     self_conditioning: float = 0.5  # share of the training examples that read what the network said before
     given: float = 0.2  # share of the training examples in which some positions have no noise
