@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,9 +61,19 @@ def test_what_the_page_shows_runs(code, home, monkeypatch, capsys):
     elif code.startswith(("td.", "list(td.", "geometric(")):
         assert eval(code, NAMES) is not None
     else:
-        parts = ("--", ">", "runs/", "checkpoints/", "training.", "metrics.jsonl", "python examples/", "ddim")
+        parts = ("--", ">", "runs/", "checkpoints/", "training.", "metrics.jsonl", "examples/", "ddim")
         assert code.startswith(parts), f"{code} is neither run nor part of what is"
 
 
 def test_the_page_is_a_page_of_code():
     assert len(ROWS) > 30 and len(CODE) > 30
+
+
+@pytest.mark.slow
+def test_the_experiments_go_on_where_they_were_stopped(home):
+    words = [sys.executable, str(ROOT / "examples/continuous.py"), str(home / "OUT"), "--data", str(home / "my.txt")]
+    words += ["--steps", "2", "--length", "16", "--samples", "2", "--eval-tokens", "200", "--only", "speed"]
+    first = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "| autoregressive | exact |" in first and (home / "OUT/table.md").read_text() in first
+    again = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "speed:" not in again and again.strip() == (home / "OUT/table.md").read_text().strip()
