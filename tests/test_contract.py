@@ -264,11 +264,13 @@ def test_no_config_field_is_dead(name):
     other = {
         "schedule": "cosine", "mask_rate": "uniform", "weight": "bound", "mask_share": 0.5, "given": 1.0,
         "conditioning": "replacement", "renewal": 0.9, "graph": "uniform", "noise": "geometric", "sigma_min": 0.1,
-        "sigma_max": 1.0, "block_length": 3, "input": "reals", "self_conditioning": 0.0, "churn": 3.0, "delta": 1.0,
+        "sigma_max": 1.0, "block_length": 3, "input": "reals", "self_conditioning": 0.0, "churn": 0.0, "delta": 1.0,
         "output": "bits", "book": "gray", "bits": 9, "width": 5, "target": "v", "times": 2,
         "candidates": 3, "attention": "slots", "passes": 1, "refined": 0.0,
     }  # fmt: skip
     needs = {"sigma_min": {"noise": "geometric"}, "sigma_max": {"noise": "geometric"}, "conditioning": {"given": 1.0}}
+    if issubclass(cls, Coded):
+        needs["conditioning"] |= {"self_conditioning": 0.0}
     if name == "score_entropy":
         needs["given"] = {"graph": "uniform"}
     for f in dataclasses.fields(cls.Config):

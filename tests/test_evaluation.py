@@ -26,7 +26,7 @@ class Steep:
 
     def __init__(self, length: int):
         self.real = Subject(Masked).ideal(WORLD)
-        self.length, self.steps = length, self.real.steps
+        self.length, self.steps, self.remembers = length, self.real.steps, False
 
     def curve_point(self, x_0, hidden, noise):
         return torch.where(x_0[:, 0] == 0, torch.tensor(3.0), 3.0 * hidden / self.length).double()

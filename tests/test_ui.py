@@ -352,7 +352,7 @@ def test_rewriting_keeps_what_is_not_marked(runs):
     assert body["note"] == "Rewritten: " + "; ".join(f"bright → {part}" for part in new)
     with pytest.raises(UserError, match="backslash"):
         list(acts.rewrite(runs["masked"], marked("a\\[[b]]"), Wish(), threading.Event()))
-    with pytest.raises(UserError, match="families can: masked"):
+    with pytest.raises(UserError, match="families can: analog_bits"):
         list(acts.rewrite(runs["block"], marked(text), Wish(), threading.Event()))
 
 

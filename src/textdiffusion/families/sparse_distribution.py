@@ -79,6 +79,7 @@ class SparseDistributionConfig:
 class Carried(RandomOrder):
     """Random positions, as ``RandomOrder``; the process remembers (``SparseDistribution.by``)."""
 
+    draft = None  # type: ignore[assignment]  # a text drawn jointly would need all positions predicted, and so remembered
     note = "as random, with the candidates of the step before: one call a step; its bound is over whole orders"
 
 
