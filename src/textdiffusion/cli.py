@@ -306,13 +306,14 @@ def _families(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows if args.name is None else rows[0]))
         return 0
+    wide = max(16, 2 + max(len(row["name"]) for row in rows))
     for row in rows:
-        print(f"{row['name']:<16}{row['summary']}")
+        print(f"{row['name']:<{wide}}{row['summary']}")
         if args.name is not None:
-            print(f"{'paper':<16}{row['paper']}")
+            print(f"{'paper':<{wide}}{row['paper']}")
             for part in ("fields", "samplers"):
                 for key, text in row[part].items():
-                    print(f"{part[:-1]:<16}{key}: {text}")
+                    print(f"{part[:-1]:<{wide}}{key}: {text}")
     return 0
 
 
