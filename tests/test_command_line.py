@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from textdiffusion import families
 from textdiffusion.cli import main
 
 SMALL = ["--steps", "30", "--set", "network.width=32", "--set", "network.depth=1", "--set", "network.heads=2",
@@ -178,10 +180,9 @@ def test_eval(runs):
 
 
 def test_families_and_doctor():
-    from textdiffusion.families import family, names
-
     # What the list reads from the text of the files is what the classes say.
-    expected = [{"name": name, "summary": family(name).summary, "paper": family(name).paper} for name in names()]
+    every = {name: families.family(name) for name in families.names()}
+    expected = [{"name": name, "summary": cls.summary, "paper": cls.paper} for name, cls in every.items()]
     assert json.loads(ok("families", "--json")) == expected and len(expected) >= 5
     assert "process.schedule" in ok("families", "masked")
     assert json.loads(ok("doctor", "--device", "cpu", "--json"))["device"] == "cpu"
@@ -435,3 +436,12 @@ def test_killed_at_random_moments_the_run_ends_the_same(tmp_path):
     ok("train", "--resume", "--out", part)
     assert same(weights_of(tmp_path / "whole"), weights_of(part))
     assert not list(part.rglob(".writing-*"))
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_every_family_is_described_with_all_its_fields(name, capsys):
+    assert main(["families", name, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    fields = {field.name for field in dataclasses.fields(families.family(name).Config)}
+    assert {key.split()[0].removeprefix("process.") for key in said["fields"]} == fields
+    assert all(said["fields"].values()) and said["samplers"]

@@ -36,7 +36,9 @@ def describe(name: str) -> dict[str, Any]:
     """
     cls = family(name)
     process = cls(lambda x, **how: x, cls.Config(), 2)  # the network is never called
-    source = inspect.getsource(cls.Config).splitlines()
+    # With the fields that families of one kind share.
+    kinds = [kind for kind in cls.Config.__mro__ if dataclasses.is_dataclass(kind)]
+    source = [line for kind in kinds for line in inspect.getsource(kind).splitlines()]
     fields = {}
     for f in dataclasses.fields(cls.Config):
         line = next(line for line in source if line.strip().startswith(f"{f.name}:"))

@@ -58,7 +58,7 @@ class CodedConfig:
     time: bool = False  # the network is told the noise level, at every layer; needed for reals, beliefs say it
     self_conditioning: float = 0.5  # share of the training examples that read what the network said before
     given: float = 0.2  # share of the training examples in which some positions have no noise
-    conditioning: Conditioning = "clean"
+    conditioning: Conditioning = "clean"  # or replacement: given tokens are made as noisy as the rest, which is biased
     churn: float = 0.5  # of the sampler churn: share of a step that it goes too far, and comes back by noise
     delta: float = 0.0  # of the sampler ddim: steps that the state is moved further than the network is told
 

@@ -32,7 +32,7 @@ from textdiffusion.process import Context, Network, Prediction
 class AnalogBitsConfig(CodedConfig):
     """Fields of the analog_bits family."""
 
-    output: Literal["softmax", "bits"] = "softmax"
+    output: Literal["softmax", "bits"] = "softmax"  # what the network says: a law of tokens, or one of each bit
     book: Literal["binary", "gray", "random"] = "binary"  # which number stands for a token
     bits: int | None = None  # a token; None: as few as will do
 

@@ -36,7 +36,7 @@ class GaussianEmbeddingConfig(CodedConfig):
     """Fields of the gaussian_embedding family."""
 
     width: int = 32  # reals a token
-    target: Literal["tokens", "x_0", "eps", "v", "flow"] = "tokens"
+    target: Literal["tokens", "x_0", "eps", "v", "flow"] = "tokens"  # what the network says
 
     def __post_init__(self) -> None:
         super().__post_init__()

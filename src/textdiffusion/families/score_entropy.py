@@ -37,10 +37,10 @@ from textdiffusion.schedules import SCHEDULES, bell, geometric
 class ScoreEntropyConfig:
     """Fields of the score-entropy family."""
 
-    graph: Literal["absorb", "uniform"] = "absorb"
-    noise: Literal["loglinear", "geometric"] = "loglinear"
+    graph: Literal["absorb", "uniform"] = "absorb"  # noise puts [MASK], or any token
+    noise: Literal["loglinear", "geometric"] = "loglinear"  # how fast
     sigma_min: float = 1e-4  # of geometric noise
-    sigma_max: float = 20.0
+    sigma_max: float = 20.0  # of geometric noise
     weight: Literal["bound", "flat"] = "flat"  # of times in training; bound: as in the bound
     time: bool = True  # the network is told the noise level, at every layer
     given: float = 0.2  # share of the training examples in which some positions have no noise (uniform graph)

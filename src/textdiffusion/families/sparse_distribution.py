@@ -61,8 +61,8 @@ class SparseDistributionConfig:
     passes: int = 2  # network calls of a step; 1 leaves the candidates without a meaning: masked diffusion
     refined: float = 0.5  # share of the training examples whose candidates are the network's own
     schedule: str = "linear"  # as in the masked family, and so the next two
-    mask_rate: Literal["uniform", "bell"] = "bell"
-    weight: Literal["bound", "flat"] = "flat"
+    mask_rate: Literal["uniform", "bell"] = "bell"  # of training
+    weight: Literal["bound", "flat"] = "flat"  # flat: every hidden token counts the same
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:

@@ -33,7 +33,7 @@ from textdiffusion.schedules import SCHEDULES, bell
 class UniformConfig:
     """Fields of the uniform family."""
 
-    schedule: str = "linear"
+    schedule: str = "linear"  # how fast tokens are replaced: linear, cosine or quadratic
     mask_share: float = 0.0  # of the replaced tokens; 1 is absorbing noise
     given: float = 0.2  # share of the training examples in which some positions have no noise
     conditioning: Literal["clean", "replacement"] = "clean"  # what the network is told of given positions
