@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from textdiffusion.networks.convolution import Taps
+
 
 @dataclass(frozen=True)
 class View:
@@ -19,6 +21,7 @@ class View:
     at: positions, int64 [n] or [B n]. bias: 0 or -inf, [n m] or [B 1 n m], or None where all see all; with ``halves``
     [2n n], what both halves see of the clean one. own: with ``halves``, what a noisy position sees of its own block,
     [n block]. slots, log_p: what the slots of the positions add to them [B m K D], and their log-probabilities [B m K].
+    taps: with a cache, where convolutions find their inputs in it.
     """
 
     at: Tensor
@@ -27,6 +30,7 @@ class View:
     own: Tensor | None = None
     slots: Tensor | None = None
     log_p: Tensor | None = None
+    taps: Taps | None = None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

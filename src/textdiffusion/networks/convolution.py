@@ -6,6 +6,7 @@ text comes with the clean one behind it, as two halves (families/block.py).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -47,6 +48,16 @@ class _Depthwise(torch.autograd.Function):
         return of_x, of_weight, None
 
 
+@dataclass(frozen=True)
+class Taps:
+    """What convolutions over a cache read: the positions' own slots int64 [B n], the slots of their taps [B n taps],
+    and which of these hold what they should, bool."""
+
+    own: Tensor
+    slot: Tensor
+    there: Tensor
+
+
 class Convolution(nn.Module):
     """Depthwise convolution over positions; it starts as the identity.
 
@@ -81,17 +92,21 @@ class Convolution(nn.Module):
         y = cast(Tensor, _Depthwise.apply(image.flatten(0, 2), weight, self.left))
         return y[:, self.left :].reshape(parts.shape)[:, :, :length].flatten(1, 2)
 
-    def step(self, x: Tensor, at: Tensor, seen: Tensor, places: Tensor) -> Tensor:
-        """The same for positions ``at`` [B n] of a text whose inputs are in ``seen`` [B W D], written in place;
-        ``places`` [B W] says which position each slot holds."""
+    def taps(self, at: Tensor, places: Tensor) -> Taps:
+        """Where the inputs of positions ``at`` [B n] lie in a cache whose slots hold ``places`` [B W]: the same for all
+        convolutions of a network, so worked out once a pass."""
         assert self.block is not None  # a centred one has no cache: all that is written may change
-        slots = seen.shape[1]
-        seen.scatter_(1, (at % slots).unsqueeze(-1).expand_as(x), x)
-        weight, y = self.weight.to(x.dtype), torch.zeros_like(x)
+        slots = places.shape[1]
+        source = at.unsqueeze(-1) - self.left + torch.arange(len(self.weight), device=at.device)
+        slot = source % slots
         end = (at // self.block + 1) * self.block
-        for tap in range(len(weight)):
-            source = at - self.left + tap
-            slot = source % slots
-            there = (places.gather(1, slot) == source) & (source < end)
-            y = y + seen.gather(1, slot.unsqueeze(-1).expand_as(x)) * there.unsqueeze(-1).to(x.dtype) * weight[tap]
-        return y
+        there = (places.gather(1, slot.flatten(1)).view_as(source) == source) & (source < end.unsqueeze(-1))
+        return Taps(at % slots, slot, there)
+
+    def step(self, x: Tensor, taps: Taps, seen: Tensor) -> Tensor:
+        """The same as a call, for some positions of a text [B n D] whose inputs are in ``seen`` [B W D], written in
+        place."""
+        rows = torch.arange(len(x), device=x.device).view(-1, 1, 1)
+        seen[rows[..., 0], taps.own] = x
+        read = seen[rows, taps.slot] * taps.there.unsqueeze(-1)
+        return (read * self.weight.to(x.dtype)).sum(2)

@@ -69,6 +69,10 @@ class Cache:
         self.places.scatter_(1, slots, at)
         self.symbols.scatter_(1, slots, x)
 
+    def filled(self) -> Tensor:
+        """``places`` without the slots at the end that no text has come to."""
+        return self.places[:, : int((self.places >= 0).any(0).sum())]
+
 
 class Block(nn.Module):
     """Pre-norm attention and feed-forward part."""
@@ -100,6 +104,8 @@ class Block(nn.Module):
         if cache is not None:
             index = (view.at % cache[0].shape[2])[:, None, :, None].expand_as(k)
             k, v = cache[0].scatter_(2, index, k), cache[1].scatter_(2, index, v)
+            if view.bias is not None:
+                k, v = k[:, :, : view.bias.shape[-1]], v[:, :, : view.bias.shape[-1]]
         if view.halves:
             out = attend_halves(q, k, v, view, self.config.block_length)
         else:
@@ -128,8 +134,8 @@ class Block(nn.Module):
             if modulation is not None:
                 shift, scale, gate = modulation[3 * part : 3 * part + 3]
                 h = h * (1 + scale) + shift
-            if convolution is not None and cache is not None:
-                h = convolution.step(h, view.at, cache.shifted[2 * layer + part], cache.places)
+            if convolution is not None and cache is not None and view.taps is not None:
+                h = convolution.step(h, view.taps, cache.shifted[2 * layer + part])
             elif convolution is not None:
                 h = convolution(h, view.halves)
             h = self._attention(h, view, past) if part == 0 else self.down(F.gelu(self.up(h)))
@@ -311,9 +317,11 @@ class Transformer(nn.Module):
             t = t.amax(-1)
         h = F.dropout(h, self.config.dropout, self.training)
         c = self._condition(x, t, condition, h.dtype)
-        view = self._view(at, at if cache is None else cache.places, halves)
+        view = self._view(at, at if cache is None else cache.filled(), halves)
         if slots is not None:
             view = replace(view, slots=slots, log_p=log_p)
+        if cache is not None and self.config.convolution:
+            view = replace(view, taps=self.blocks[0].conv_attention.taps(at, cache.places))  # type: ignore[union-attr,operator]
         for layer, block in enumerate(self.blocks):
             h = block(h, c, view, cache, layer)
         if positions is not None:
