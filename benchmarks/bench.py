@@ -42,6 +42,7 @@ from subjects import (
     PLAIN,
     QUICK,
     Plan,
+    Products,
     draw_all,
     flops_a_token,
     in_turn,
@@ -73,6 +74,7 @@ def training(plan: Plan) -> dict[str, Any]:
             process = process_of(family, size)
             learner = learner_of(process, size)
             rivals[f"{family}, ours"] = partial(learner.learn, process, x_0, noise)
+        rivals["masked, its matrix products alone"] = Products(size, 0.5).step
         before = peak(plan)
         seconds = in_turn(rivals, plan.rounds)
         best = {name: max(speed, before[name]) for name, speed in peak(plan).items()}
@@ -80,10 +82,11 @@ def training(plan: Plan) -> dict[str, Any]:
         out[setting] = {
             name: {"ms": round(1e3 * s, 1), "tokens_per_second": round(tokens / s)} for name, s in seconds.items()
         }
-        for family, share in (("masked", 0.5), ("autoregressive", 1.0)):
-            s = seconds[f"{family}, ours"]
+        subjects = ("masked, ours", 0.5), ("autoregressive, ours", 1.0), ("masked, its matrix products alone", 0.5)
+        for name, share in subjects:
+            s, family = seconds[name], name.split(",")[0]
             speed = tokens * flops_a_token(size, share) / s / 1e9
-            out[setting][f"{family}, ours"] |= {
+            out[setting][name] |= {
                 "times_plain_fp32": round(seconds[f"{family}, plain, fp32"] / s, 2),
                 "times_plain_bf16": round(seconds[f"{family}, plain, bf16 autocast"] / s, 2),
                 "gflops_per_second": round(speed, 1),
@@ -241,6 +244,49 @@ def start_up(plan: Plan) -> dict[str, Any]:
     return {name: round(s, 2) for name, s in seconds.items()}
 
 
+def reproducible(plan: Plan) -> dict[str, Any]:
+    """Seconds that texts take as they come, and as the same texts for any number of them (sample --reproducible)."""
+    out: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        size = plan.default
+        model = td.train(
+            Path(folder) / "run", steps=1, depth=size["depth"], length=size["length"], settings=["training.batch=4"]
+        )
+        for number in (1, 16, 128):
+            rivals = {
+                name: partial(model.sample_counted, number, size["length"], 32, reproducible=wish)
+                for name, wish in (("as they come", False), ("reproducible", True))
+            }
+            seconds = in_turn(rivals, max(1, plan.rounds // 2))
+            out[f"{number} texts"] = {name: round(s, 3) for name, s in seconds.items()} | {
+                "times": round(seconds["reproducible"] / seconds["as they come"], 2)
+            }
+    return out
+
+
+def precision(plan: Plan) -> dict[str, Any]:
+    """Bits per character of held-out text after as many steps in float32 and in bfloat16, three seeds each."""
+    steps, depth = (3, 1) if plan is QUICK else (2000, 2)
+    out: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in (0,) if plan is QUICK else (0, 1, 2):
+            for name in ("fp32", "bf16"):
+                run = Path(folder) / f"{name}{seed}"
+                settings = [f"training.precision={name}", "training.evaluations=1"]
+                begin = time.perf_counter()
+                td.train(run, steps=steps, depth=depth, length=64, seed=seed, settings=settings)
+                seconds = time.perf_counter() - begin
+                command = [sys.executable, "-m", "textdiffusion", "eval", str(run), "--samples", "1", "--json"]
+                said = subprocess.run(command, capture_output=True, text=True, check=True)
+                figure = json.loads(said.stdout)
+                out[f"{name}, seed {seed}"] = {
+                    "bits_per_char": round(figure["bits_per_char"], 4),
+                    "standard_error": round(figure["standard_error"], 4),
+                    "seconds": round(seconds),
+                }
+    return out
+
+
 def projection(plan: Plan) -> dict[str, Any]:
     """What arithmetic alone says of one and eight H100s, not measured: 989 TFLOP/s in bf16 and 3.35 TB/s each, of which
     40% and 60% are assumed to be reached, as good public code does; gradients cross a 450 GB/s link once a step."""
@@ -272,8 +318,10 @@ def projection(plan: Plan) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[Plan], dict[str, Any]]] = {
     "training": training, "sampling": sampling, "profile": profile, "sizes": sizes, "long": long_texts,
-    "memory": memory, "kernels": kernels, "start-up": start_up, "projection": projection,
+    "memory": memory, "kernels": kernels, "start-up": start_up, "reproducible": reproducible,
+    "projection": projection, "precision": precision,
 }  # fmt: skip
+ASKED_FOR = ("precision",)  # a quarter of an hour by itself: only when it is named
 
 
 def facts() -> dict[str, Any]:
@@ -301,7 +349,8 @@ def main() -> None:
     place, docs = HERE / "results.json", HERE.parent / "docs"
     known = place.exists() and not args.quick
     results: dict[str, Any] = json.loads(place.read_text(encoding="utf-8")) if known else {}
-    wanted = args.only or [name for name in PARTS if not (args.missing and name in results)]
+    usual = [name for name in PARTS if name not in ASKED_FOR or args.quick]
+    wanted = args.only or [name for name in usual if not (args.missing and name in results)]
     for name in [] if args.page else wanted:
         begin = time.perf_counter()
         measured = facts()

@@ -106,6 +106,16 @@ def _start_up(found: dict[str, Any]) -> str:
     return table(("command", "seconds"), found.items())
 
 
+def _reproducible(found: dict[str, Any]) -> str:
+    columns = ("written at once", "seconds, as they come", "seconds, reproducible", "times as long")
+    return table(columns, [(texts, *row.values()) for texts, row in found.items()])
+
+
+def _precision(found: dict[str, Any]) -> str:
+    rows = [(name, f"{r['bits_per_char']} +- {r['standard_error']}", r["seconds"]) for name, r in found.items()]
+    return table(("training", "bits/char, at most", "seconds"), rows)
+
+
 def _projection(found: dict[str, Any]) -> str:
     names = list(next(iter(found.values())))
     return table(("parameters", *names), ((size, *(f"{row[name]:,}" for name in names)) for size, row in found.items()))
@@ -120,12 +130,20 @@ SECTIONS = {
     "memory": ("Memory at V = 50,257, L = 256", _memory),
     "kernels": ("Small choices", _kernels),
     "start-up": ("Start-up", _start_up),
+    "reproducible": ("The same texts for any number of them", _reproducible),
+    "precision": ("What bfloat16 costs in quality", _precision),
     "projection": ("Projection for H100s: arithmetic, not measured", _projection),
 }
 NOTES = {
     "training": "A whole step, optimiser and average included; 32 or 16 windows of 256 tokens. The share of the peak "
     "counts 6 FLOPs a weight of the blocks and a token, 12 L D a layer for attention, and the head on the rows that "
-    "carry loss; of a causal network too, whose attention needs half of that.",
+    "carry loss; of a causal network too, whose attention needs half of that. The matrix products of a masked step are "
+    "also timed alone, in bfloat16, on tensors that do not lie in the nearest cache: no step with the same products is "
+    "faster on this machine.",
+    "reproducible": "Texts of 64 characters, 32 calls, the smallest preset. Reproducible texts are in float32, written "
+    "in batches of a fixed size that are filled up where there are fewer.",
+    "precision": "2,000 steps on the built-in text, two blocks of width 128, windows of 64: `python "
+    "benchmarks/bench.py --only precision`.",
     "memory": "What the process grows by at its peak, one block of width 64: the vocabulary's share of it.",
     "projection": "From FLOPs and bandwidth alone: 989 TFLOP/s and 3.35 TB/s, of which 40% and 60% are assumed to be "
     "reached; nothing of this was run on such a machine.",

@@ -114,6 +114,38 @@ def flops_a_token(size: Size, share: float = 1.0) -> float:
     return 6 * 12 * depth * width**2 + 12 * depth * width * length + 6 * share * width * size["vocabulary"]
 
 
+class Products:
+    """The matrix products of a training step in bfloat16 and nothing between them: what no step of this library can
+    be faster than. Every layer has tensors of its own, as in a step, so that they do not lie in the nearest cache."""
+
+    def __init__(self, size: Size, share: float = 1.0):
+        depth, width, length, batch = size["depth"], size["width"], size["length"], size["batch"]
+        rows, heads = batch * length, size["heads"]
+
+        def some(*shape: int) -> torch.Tensor:
+            return torch.randn(shape).bfloat16()
+
+        shapes = [(rows, width, n * width) for n in (3, 1, 4)] + [(rows, 4 * width, width)]
+        layers = [shape for _ in range(depth) for shape in shapes] + [(int(share * rows), width, size["vocabulary"])]
+        self.maps = [(some(n, i), some(o, i), some(n, o)) for n, i, o in layers]
+        inner = (batch * heads, length, width // heads)
+        self.attention = [tuple(some(*inner) for _ in range(4)) for _ in range(depth)]
+        self.weights = [some(batch * heads, length, length) for _ in range(depth)]
+        self.kept: list[torch.Tensor] = []
+
+    def step(self) -> None:
+        kept = []
+        for x, w, _ in self.maps:
+            kept.append(x @ w.t())
+        for (q, k, v, _), p in zip(self.attention, self.weights, strict=True):
+            kept += [q @ k.transpose(1, 2), p @ v]
+        for x, w, g in self.maps:
+            kept += [g @ w, g.t() @ x]
+        for (q, k, v, g), p in zip(self.attention, self.weights, strict=True):
+            kept += [p.transpose(1, 2) @ g, g @ v.transpose(1, 2), p @ k, p.transpose(1, 2) @ q]
+        self.kept = kept
+
+
 def micro(size: Size, process: Any) -> int:
     """Windows of a forward and backward pass, as training would choose them."""
     symbols = size["length"] * process.network.symbols_a_token
