@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from textdiffusion.categorical import reshape_law
 from textdiffusion.errors import UserError
 from textdiffusion.families.analog_bits import AnalogBits, AnalogBitsConfig, code_book
 from textdiffusion.gaussian import (
@@ -320,6 +321,27 @@ def test_the_bound_of_plain_bits_is_one(calls):
     bound = signal_call_bound(process, texts, calls, "ancestral")
     law = signal_law(process, 1, calls, "ancestral")
     assert float((-law.log() - bound).max()) < 2e-3 and float(law.sum()) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_plain_run_of_a_real_network_is_of_second_order():
+    """A law that is not reshaped is taken for plain, however its context is rounded on the way."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, 7, generator=generator)
+
+    def network(x, t=None, *, positions=None, **_):
+        out = 3 * torch.sin(3 * x.float() @ weights.new_ones(x.shape[-1], 2) @ weights) + 0.3
+        return out if positions is None else out[positions]
+
+    process = AnalogBits(network, AnalogBitsConfig(schedule="cosine", self_conditioning=0.0), 7)
+    ways = {}
+    for sampler in ("ddim", "dpm"):
+        asked, state = torch.ones(32, 5, dtype=torch.bool), process.prior_sample(32, 5, Noise.of(0, 32))
+        for s in (0.9, 0.8, 0.7):
+            said, then = process.predict(state, asked), torch.full((32,), s, dtype=F64)
+            law = process.steps[sampler].law(state, asked, said, then, lambda p: reshape_law(p, temperature=1.0))
+            state = State(law.mean.view(state.x.shape), then, memory=said.memory)
+        ways[sampler] = state.x
+    assert bool(((ways["ddim"] - ways["dpm"]).abs().flatten(1).amax(-1) > 1e-4).all())
 
 
 def test_temperature_reaches_the_second_order_solver():
