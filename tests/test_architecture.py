@@ -13,7 +13,7 @@ FLOORS = [
     {"errors", "noise", "schedules", "gaussian", "categorical", "cross_entropy", "tokenizer", "worlds"}
     | {"automaton", "patterns"}
     | {"networks.shape", "networks.attention", "networks.candidates", "networks.clock", "networks.convolution"}
-    | {"networks.ngrams", "networks.transformer"},
+    | {"networks.ngrams", "networks.network", "networks.transformer", "networks.unet", "networks.bodies"},
     {"process", "drafts", "conditioning", "absorbing", "replacing", "coded"}
     | {"steps.unmasking", "steps.ordering", "steps.denoising"},
     {"families"},  # and every file in families/

@@ -12,6 +12,7 @@ import torch
 from textdiffusion.coded import Coded
 from textdiffusion.families import family, names
 from textdiffusion.families.autoregressive import Autoregressive
+from textdiffusion.networks.network import TextNetwork
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
 from textdiffusion.noise import Noise
 from textdiffusion.process import Discrete, Process, State
@@ -22,12 +23,14 @@ from textdiffusion.training import Learner, TrainingConfig
 
 V, L, B = 11, 8, 6
 FAMILIES = names()
+KINDS = [*FAMILIES, "analog_bits+unet"]  # and the network, where that is not a transformer
 
 
 def make(name: str, seed: int = 0, **process_fields) -> Process:
+    name, _, body = name.partition("+")
     config = RunConfig(
         family=name,
-        network={"depth": 2, "width": 32, "heads": 2, "window": L},
+        network={"depth": 2, "width": 32, "heads": 2, "window": L, "body": body or "transformer"},
         process=process_fields,
         training=TrainingConfig(steps=1, seed=seed),
         vocabulary=V,
@@ -51,7 +54,7 @@ def shaken(name: str, **process_fields) -> Process:
     return process
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=KINDS)
 def name(request) -> str:
     return request.param
 
@@ -96,7 +99,7 @@ def test_predictions_are_normalised_and_keep_shape(name):
 def test_every_parameter_learns(name):
     process = make(name)
     network = process.network
-    assert isinstance(network, Transformer)
+    assert isinstance(network, TextNetwork)
     learner = Learner(network, TrainingConfig(steps=10, warmup=0, batch=B, micro_batch=4))
     before = {k: v.clone() for k, v in network.named_parameters()}
     # The head starts at zero, then what writes to the residual stream, then what modulates it.
@@ -260,7 +263,7 @@ def test_overfits_one_batch(name):
 
 def test_no_config_field_is_dead(name):
     """Each field of a family's config changes the loss or a sample."""
-    cls = family(name)
+    cls = family(name.partition("+")[0])
     other = {
         "schedule": "cosine", "mask_rate": "uniform", "weight": "bound", "mask_share": 0.5, "given": 1.0,
         "conditioning": "replacement", "renewal": 0.9, "graph": "uniform", "noise": "geometric", "sigma_min": 0.1,

@@ -16,7 +16,7 @@ from textdiffusion.config import RunConfig
 from textdiffusion.data import Windows, tokenize
 from textdiffusion.fit import prepare
 from textdiffusion.model import pick_device
-from textdiffusion.networks.transformer import Transformer
+from textdiffusion.networks.network import TextNetwork
 from textdiffusion.noise import Noise
 from textdiffusion.process import count_parameters
 from textdiffusion.run import build
@@ -52,7 +52,7 @@ def estimate(config: RunConfig, device: str) -> dict[str, Any]:
     Windows(tokenize(corpus, tokenizer)["train"], int(config.network["window"]), 0)  # refuses too short a text
     process = build(config)
     network = process.network
-    assert isinstance(network, Transformer)
+    assert isinstance(network, TextNetwork)
     network.to(device)
     training = config.training
     precision = training.precision
@@ -74,8 +74,7 @@ def estimate(config: RunConfig, device: str) -> dict[str, Any]:
         learner.learn(process, x_0, Noise(0, np.arange(batch), batch, step, device))
         seconds.append(time.perf_counter() - begin)
     parameters = count_parameters(network)
-    # Rows of an embedding are looked up; block diffusion reads each text twice, once without noise.
-    multiplied = parameters - sum(m.weight.numel() for m in network.modules() if isinstance(m, torch.nn.Embedding))
+    # Block diffusion reads each text twice, once without noise.
     read = batch * window * network.symbols_a_token
     a_step = min(seconds)
     steps = training.steps or max(1, round(60 * (training.minutes or 0.0) / a_step))
@@ -88,7 +87,7 @@ def estimate(config: RunConfig, device: str) -> dict[str, Any]:
         "precision": precision,
         "tokens_a_step": batch * window,
         "tokens_a_pass": min(training.micro_batch or batch, batch) * window,
-        "gigaflops_a_step": round(6 * multiplied * read / 1e9, 1),
+        "gigaflops_a_step": round(6 * network.products * read / 1e9, 1),
         "megabytes_of_state": round(5 * 4 * parameters / 1e6, 1),
         "seconds_a_step": round(a_step, 4),
         "steps": steps,

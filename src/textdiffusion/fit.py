@@ -18,7 +18,7 @@ from textdiffusion.config import RunConfig
 from textdiffusion.data import Corpus, Windows, evaluation_windows, fingerprint, load_corpus, tokenize
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import Figure, evaluate
-from textdiffusion.networks.transformer import Transformer
+from textdiffusion.networks.network import TextNetwork
 from textdiffusion.noise import Noise
 from textdiffusion.process import Process, count_parameters
 from textdiffusion.run import Run, build
@@ -148,7 +148,7 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=fastest))
     process = build(config)
     network = process.network
-    assert isinstance(network, Transformer)
+    assert isinstance(network, TextNetwork)
     network.to(device)
     if config.training.micro_batch is None:
         symbols = window * network.symbols_a_token
@@ -159,7 +159,7 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
     if config.training.compile:
         network.compile_blocks()
     averaged = learner.average.module
-    assert isinstance(averaged, Transformer)
+    assert isinstance(averaged, TextNetwork)
     for net in (network, averaged):
         net.compute_dtype = dtype
     numbers: dict[str, float] = {"best": math.inf, "best_step": 0, "smooth": 0.0}

@@ -19,7 +19,7 @@ from textdiffusion.errors import UserError
 from textdiffusion.evaluation import evaluate
 from textdiffusion.families import family, names
 from textdiffusion.fit import Stopped, fit
-from textdiffusion.networks.transformer import Transformer
+from textdiffusion.networks.network import TextNetwork
 from textdiffusion.noise import Noise
 from textdiffusion.patterns import Pattern, read_words
 from textdiffusion.presets import configure
@@ -64,7 +64,7 @@ class Model:
         if precision == "auto":
             precision = fastest_precision(torch.device(self.device))
         network = self.process.network
-        if precision == "fp32" or not isinstance(network, Transformer):
+        if precision == "fp32" or not isinstance(network, TextNetwork):
             return self.process
         return self.process.over(copy.deepcopy(network).hold(torch.bfloat16))
 
@@ -73,9 +73,14 @@ class Model:
         """Longest text seen in training, in tokens."""
         return int(self.config.network["window"])
 
+    @property
+    def bounded(self) -> bool:
+        """No text longer than the training window."""
+        return self.process.bounded and not getattr(self.process.network, "endless", False)
+
     def _check_length(self, length: int) -> None:
         check_writing(length=length)
-        if self.process.bounded and length > self.window:
+        if self.bounded and length > self.window:
             free = [n for n in names() if not family(n).bounded]
             raise UserError(
                 f"this {self.config.family} run was trained on {self.window} tokens and cannot write {length}; "
@@ -107,7 +112,7 @@ class Model:
         automaton = self._automata[pattern]
         if template is None:
             template = Template(torch.zeros(length, dtype=torch.long), torch.zeros(length, dtype=torch.bool))
-        longest = self.window if self.process.bounded else max(2 * length, 256)
+        longest = self.window if self.bounded else max(2 * length, 256)
         if reason := refusal(automaton, pattern.flags, template.tokens, template.given, longest):
             raise UserError(reason)
         return Hold(automaton, particles)

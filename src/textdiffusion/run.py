@@ -27,7 +27,9 @@ from torch import Tensor
 from textdiffusion.config import RunConfig, check_new, read_config
 from textdiffusion.errors import UserError
 from textdiffusion.families import family
-from textdiffusion.networks.transformer import Transformer, TransformerConfig
+from textdiffusion.networks.bodies import network_of
+from textdiffusion.networks.network import TextNetwork
+from textdiffusion.networks.shape import TransformerConfig
 from textdiffusion.process import Process
 from textdiffusion.settings import with_fields
 from textdiffusion.tokenizer import Tokenizer
@@ -43,7 +45,7 @@ def build(config: RunConfig) -> Process:
     fields = config.network | cls.network_fields(process_config, config.vocabulary)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        network = Transformer(with_fields(TransformerConfig, fields, "network"))
+        network = network_of(with_fields(TransformerConfig, fields, "network"))
     return cls(network, process_config, config.vocabulary, start=config.start)
 
 
@@ -117,7 +119,7 @@ class Run:
         """
         process = build(self.config)
         network = process.network
-        assert isinstance(network, Transformer)
+        assert isinstance(network, TextNetwork)
         tensors = _load_tensors(self.path / "model.safetensors")
         try:
             network.load_state_dict(tensors)

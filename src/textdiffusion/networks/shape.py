@@ -1,4 +1,4 @@
-"""The shape of a transformer: what a config may say of it. Without torch, so that a wrong value is refused at once."""
+"""The shape of a network: what a config may say of it. Without torch, so that a wrong value is refused at once."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ Attention = Literal["bidirectional", "causal", "block"]
 
 @dataclass
 class TransformerConfig:
-    """Shape of a transformer.
+    """Shape of a transformer, or of a U-Net in its place.
 
-    ``inputs`` S, ``outputs`` V and ``attention`` are set by the family; the rest is free.
+    ``inputs`` S, ``outputs`` V and ``attention`` are set by the family; the rest is free. Of a U-Net, ``depth`` and
+    ``width`` say what it costs (networks/unet.py).
     """
 
     inputs: int
     outputs: int
-    window: int = 64  # longest text, in tokens
+    body: Literal["transformer", "unet"] = "transformer"  # unet: halves the text, and reads any length
+    window: int = 64  # longest text, in tokens; of a U-Net, that it is trained on
     depth: int = 4
     width: int = 256
     heads: int = 4
@@ -31,6 +33,7 @@ class TransformerConfig:
     expansion: float = 4.0  # width of the feed-forward part over the width
     dropout: float = 0.0
     bias: bool = False
+    levels: int = 2  # of a U-Net: how often the text is halved
     time: bool = False  # condition on t in [0, 1]
     clean: bool = False  # with time: positions at t = 0 among noisy ones are marked
     reals: bool = False  # a position holds ``inputs`` reals, not one of so many symbols
@@ -45,6 +48,8 @@ class TransformerConfig:
         for name in ("inputs", "outputs", "window", "depth", "width", "heads", "block_length"):
             if not 1 <= getattr(self, name) <= 10**7:
                 raise UserError(f"network.{name} must be at least 1, not {getattr(self, name)}")
+        if self.body == "unet":
+            self._check_unet()
         if not 0 <= self.dropout < 1 or not 0 < self.expansion <= 64 or self.classes < 0:
             raise UserError(
                 "network.dropout must be in [0, 1), network.expansion in (0, 64], network.classes 0 or more"
@@ -68,3 +73,17 @@ class TransformerConfig:
             self.attention == "bidirectional" and self.convolution and not self.convolution % 2
         ):
             raise UserError(f"network.convolution must be 0 or an odd number of taps, not {self.convolution}")
+
+    def _check_unet(self) -> None:
+        """Refuse what only a transformer can do."""
+        if not 1 <= self.levels <= 8:
+            raise UserError(f"network.levels must be from 1 to 8, not {self.levels}")
+        if self.attention != "bidirectional" or self.candidates != "none":
+            raise UserError(
+                "network.body=unet reads whole texts of one symbol a position; "
+                "this family needs network.body=transformer"
+            )
+        own = {"positions": "learned", "ngrams": 0, "convolution": 5, "expansion": 4.0, "bias": False}
+        for name, default in own.items():
+            if getattr(self, name) != default:
+                raise UserError(f"network.{name} is of the transformer; leave it out with network.body=unet")

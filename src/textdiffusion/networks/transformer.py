@@ -7,15 +7,13 @@ CPU, in bits (docs/results.md) or in time (benchmarks/kernels.py):
 - a short depthwise convolution before attention and before the feed-forward part, so that spelling need not be
   learnt by attention; it starts as the identity;
 - learned positions, erf GELU and layer norm, which are the cheap ones on a CPU;
-- no time input unless asked for: a masked text says by itself how noisy it is (RADD, 2406.03736);
-- weights are held in float32 and cast where they are used, so that activations may be bfloat16 while gradients
-  add up in float32.
+- no time input unless asked for: a masked text says by itself how noisy it is (RADD, 2406.03736).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -24,26 +22,10 @@ from torch import Tensor, nn
 from textdiffusion.errors import UserError
 from textdiffusion.networks.attention import View, attend, attend_halves, rotate
 from textdiffusion.networks.candidates import Candidates, trusted
-from textdiffusion.networks.clock import Clock
 from textdiffusion.networks.convolution import Convolution
+from textdiffusion.networks.network import Linear, TextNetwork, normalise
 from textdiffusion.networks.ngrams import Ngrams
 from textdiffusion.networks.shape import TransformerConfig
-
-
-class Linear(nn.Linear):
-    """A linear map whose weights are cast to the type of what comes in."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
-
-
-def normalise(x: Tensor) -> Tensor:
-    """Layer norm without a gain: what follows it, a convolution or a linear map, scales every channel itself.
-
-    In bfloat16 the library's gradient of a gain is off by a tenth at thousands of rows.
-    """
-    return F.layer_norm(x, x.shape[-1:], None, None, 1e-5)
 
 
 @dataclass
@@ -144,7 +126,8 @@ class Block(nn.Module):
         return x
 
 
-class Transformer(nn.Module):
+@final
+class Transformer(TextNetwork):
     """Symbols in, context outputs out.
 
     ``forward(x, t=None, condition=None, positions=None, cache=None, at=None, halves=False, estimate=None,
@@ -164,42 +147,24 @@ class Transformer(nn.Module):
     Returns outputs [B L V], or [N V] for the N asked positions in row-major order, in the compute type.
     """
 
+    blocks: nn.ModuleList
+
     def __init__(self, config: TransformerConfig):
-        super().__init__()
-        self.config = config
-        self.compute_dtype = torch.float32
         width = config.width
-        self.embedding: nn.Module = nn.Embedding(config.inputs, width)
-        if config.reals:
-            self.embedding = Linear(config.inputs, width, bias=False)
-        self.estimate = Linear(config.estimates, width, bias=False) if config.estimates else None
-        self.codes = nn.Parameter(torch.randn(config.codes, config.code_width)) if config.codes else None
-        self.clock = Clock(config.clock) if config.clock else None
+        super().__init__(config, width)
         self.candidates = Candidates(width) if config.candidates != "none" else None
         self.ngrams = Ngrams(config.ngrams, width, config.block_length) if config.ngrams else None
         self.position = nn.Parameter(torch.zeros(config.window, width)) if config.positions == "learned" else None
         conditioned = config.time or config.classes > 0
-        self.time = nn.Sequential(Linear(64, width), nn.SiLU(), Linear(width, width)) if config.time else None
-        self.clean = nn.Parameter(torch.zeros(width)) if config.clean else None  # added where there is no noise
-        self.classes = nn.Embedding(config.classes + 1, width) if config.classes else None
         self.blocks = nn.ModuleList(Block(config, conditioned) for _ in range(config.depth))
         self.head = Linear(width, config.outputs)
         self.initialise()
 
     def initialise(self) -> None:
         """Hidden matrices with variance 1 / fan-in; everything that writes to the residual stream or out at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding) and not (self.ngrams and module is self.ngrams.table):
-                # Without convolutions attention must find a token's neighbours by their positions, which it does not
-                # learn in thousands of steps when tokens drown them out.
-                nn.init.normal_(module.weight, std=0.5 if self.config.convolution else 0.1)
-        for read in (self.embedding, self.estimate):
-            if isinstance(read, Linear):
-                nn.init.normal_(read.weight, std=0.5)  # as a table's: what comes in is about of unit norm
+        # Without convolutions attention must find a token's neighbours by their positions, which it does not learn in
+        # thousands of steps when tokens drown them out.
+        self.start(0.5 if self.config.convolution else 0.1, None if self.ngrams is None else self.ngrams.table)
         if self.position is not None:
             nn.init.normal_(self.position, std=0.1)
         nn.init.zeros_(self.head.weight)
@@ -213,28 +178,10 @@ class Transformer(nn.Module):
                 with torch.no_grad():
                     block.modulation.bias.view(6, -1)[[2, 5]] = 1.0
 
-    def hidden_matrices(self) -> list[nn.Parameter]:
-        """The 2-D weights inside the blocks: what Muon is for."""
-        return [p for name, p in self.blocks.named_parameters() if p.dim() == 2 and "conv" not in name]
-
     def compile_blocks(self) -> None:
         """Compile the blocks: they have one shape in training, where what is before and after them has many."""
         for block in self.blocks:
             block.compile()
-
-    def hold(self, dtype: torch.dtype) -> Transformer:
-        """Keep the weights in ``dtype`` and compute in it: for sampling, which then casts nothing in a call."""
-        self.compute_dtype = dtype
-        # The clock is no weight: what a noise level is does not depend on the precision.
-        clock, self.clock = self.clock, None
-        self.to(dtype)
-        self.clock = clock
-        return self
-
-    @property
-    def symbols_a_token(self) -> int:
-        """Symbols read in training for each token of a text."""
-        return 2 if self.config.attention == "block" else 1
 
     @property
     def span(self) -> int:
@@ -287,18 +234,14 @@ class Transformer(nn.Module):
             raise UserError(f"this network reads at most {self.config.window} tokens, not {length}")
         at = torch.arange(length, device=x.device) if at is None else at
         slots = None
-        if isinstance(self.embedding, Linear):
-            h = self.embedding(x.to(self.compute_dtype))
-        else:
+        if self.candidates is not None and candidates is not None and log_p is not None:
             table = self.embedding.weight
             assert isinstance(table, Tensor)
-            if self.candidates is not None and candidates is not None and log_p is not None:
-                h = self.candidates(table, candidates, log_p, self.compute_dtype)
-                if self.config.candidates == "slots":
-                    slots = self.candidates.offsets(table, candidates, log_p, h.dtype)
-            else:
-                # Cast after the choice of rows: in bfloat16 the gradients of a symbol's many places would not add up.
-                h = F.embedding(x, table).to(self.compute_dtype)
+            h = self.candidates(table, candidates, log_p, self.compute_dtype)
+            if self.config.candidates == "slots":
+                slots = self.candidates.offsets(table, candidates, log_p, h.dtype)
+        else:
+            h = self.read(x)
         if self.estimate is not None and estimate is not None:
             h = h + self.estimate(estimate.to(h.dtype))
         if cache is not None:
@@ -311,12 +254,9 @@ class Transformer(nn.Module):
             h = h + self.ngrams(x, before, h.dtype)
         if self.position is not None:
             h = h + self.position.to(h.dtype)[at.repeat(2) if halves else at]
-        if t is not None and t.dim() == 2:
-            if self.clean is not None:
-                h = h + (t == 0).unsqueeze(-1).to(h.dtype) * self.clean.to(h.dtype)
-            t = t.amax(-1)
+        h, t = self.marked(h, t)
         h = F.dropout(h, self.config.dropout, self.training)
-        c = self._condition(x, t, condition, h.dtype)
+        c = self.told(x, t, condition, h.dtype)
         view = self._view(at, at if cache is None else cache.filled(), halves)
         if slots is not None:
             view = replace(view, slots=slots, log_p=log_p)
@@ -324,25 +264,7 @@ class Transformer(nn.Module):
             view = replace(view, taps=self.blocks[0].conv_attention.taps(at, cache.places))  # type: ignore[union-attr,operator]
         for layer, block in enumerate(self.blocks):
             h = block(h, c, view, cache, layer)
-        if positions is not None:
-            # The gradient of an index_select is cheaper than that of a mask.
-            h = h.flatten(0, 1).index_select(0, positions.flatten().nonzero().squeeze(-1))
-        return self.head(normalise(h))
-
-    def _condition(self, x: Tensor, t: Tensor | None, condition: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """What modulates every block, [B D], or None."""
-        c = None
-        if self.time is not None:
-            if t is None:
-                raise ValueError("this network is conditioned on time: pass t, [B] or [B L]")
-            frequency = torch.exp(torch.linspace(0, math.log(1000.0), 32, device=x.device))
-            angle = t.float().unsqueeze(-1) * frequency
-            c = self.time(torch.cat((angle.sin(), angle.cos()), -1).to(dtype))
-        if self.classes is not None:
-            label = torch.full((len(x),), -1, device=x.device) if condition is None else condition
-            embedded = self.classes(label + 1).to(dtype)
-            c = embedded if c is None else c + embedded
-        return None if c is None else F.silu(c)
+        return self.answer(h, positions)
 
     def _view(self, at: Tensor, seen: Tensor, halves: bool) -> View:
         """What positions ``at`` [n] or [B n] see of those at ``seen`` [m] or [B m], -1 being none."""

@@ -41,7 +41,7 @@ class Loaded:
     @property
     def longest(self) -> int:
         """Most tokens of a text on this page."""
-        return self.model.window if self.model.process.bounded else max(self.model.window, LONGEST_TEXT)
+        return self.model.window if self.model.bounded else max(self.model.window, LONGEST_TEXT)
 
     @property
     def revises(self) -> bool:
@@ -112,7 +112,7 @@ class Loaded:
             return f"Nothing given: {length} tokens to write."
         given = int(template.given.sum())
         own = " The template has its own length." if _GAP.search(text) else ""
-        over = self.model.process.bounded and len(template) > self.model.window
+        over = self.model.bounded and len(template) > self.model.window
         bound = f" Too long: this run knows texts of at most {self.model.window} tokens." if over else own
         return f"{given} token{'s' * (given != 1)} given, {len(template) - given} to write.{bound}"
 

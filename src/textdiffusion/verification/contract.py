@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from textdiffusion.errors import UserError
+from textdiffusion.networks.bodies import BODIES, network_of
 from textdiffusion.networks.candidates import Slots
-from textdiffusion.networks.transformer import Transformer, TransformerConfig
+from textdiffusion.networks.network import TextNetwork
+from textdiffusion.networks.shape import TransformerConfig
 from textdiffusion.noise import Noise
 from textdiffusion.process import Discrete, HasCandidates, HasCurve, HasKernel, HasPatterns, HasSignal, Network, Step
 from textdiffusion.sampling import sample
@@ -190,15 +192,21 @@ def _teaches(gradient: Tensor) -> bool:
     return bool(gradient.isfinite().all() and (gradient != 0).any())
 
 
-def real_network(subject: Subject) -> Iterator[Check]:
-    """A small transformer: gradients, sampling, infilling."""
-    size = {"window": 4, "depth": 1, "width": 16, "heads": 2}
-    fields = size | subject.family.network_fields(subject.config, V)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = Transformer(TransformerConfig(**fields))
-    process = subject.over(network, V)
-    x = torch.randint(0, V, (8, 4), generator=torch.Generator().manual_seed(0))
+def _networks(fields: dict[str, Any]) -> Iterator[TextNetwork]:
+    """A small network of each body that a family with these fields can have; the transformer is the last."""
+    for body in sorted(BODIES, reverse=True):
+        try:
+            config = TransformerConfig(**fields | {"body": body})
+        except UserError:
+            continue  # it cannot have that
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = network_of(config)
+        yield network
+
+
+def _untaught(process: Any, network: TextNetwork, x: Tensor) -> set[str]:
+    """Parameters that three steps of gradient descent leave without a gradient."""
     untaught = {name for name, _ in network.named_parameters()}
     # The head starts at zero, and so do what writes to the residual stream and what modulates it: three steps wake all.
     for step in range(4):
@@ -211,6 +219,18 @@ def real_network(subject: Subject) -> Iterator[Check]:
                 if p.grad is not None:
                     p.sub_(0.01 * p.grad.sign())
                     p.grad = None
+    return untaught
+
+
+def real_network(subject: Subject) -> Iterator[Check]:
+    """Small networks, of every body that the family can have: gradients, sampling, infilling."""
+    size = {"window": 4, "depth": 1, "width": 16, "heads": 2}
+    x = torch.randint(0, V, (8, 4), generator=torch.Generator().manual_seed(0))
+    processes, untaught = [], set()
+    for network in _networks(size | subject.family.network_fields(subject.config, V)):
+        processes.append(subject.over(network, V))
+        untaught |= _untaught(processes[-1], network, x)
+    process = processes[-1]
     yield Check(
         "after three steps a gradient reaches every parameter",
         len(untaught),
@@ -255,15 +275,16 @@ def real_network(subject: Subject) -> Iterator[Check]:
         )
     if isinstance(process, HasCandidates):
         yield _order_of_slots(process, network)
-    for sampler in process.steps:
-        *_, free = sample(process, Noise.of(0, 8), 4, 3, sampler=sampler)
-        *_, filled = sample(process, Noise.of(0, 8), 4, 3, sampler=sampler, tokens=x, given=given)
-        wrong += int((free.tokens < 0).sum() + (filled.tokens < 0).sum() + (filled.tokens != x)[given].sum())
+    for each in processes:
+        for sampler in each.steps:
+            *_, free = sample(each, Noise.of(0, 8), 4, 3, sampler=sampler)
+            *_, filled = sample(each, Noise.of(0, 8), 4, 3, sampler=sampler, tokens=x, given=given)
+            wrong += int((free.tokens < 0).sum() + (filled.tokens < 0).sum() + (filled.tokens != x)[given].sum())
     yield Check("a real network writes, and keeps what is given", wrong, 0, "tokens are unwritten, or were changed")
 
 
 @torch.no_grad()
-def _order_of_slots(process: Any, network: Transformer) -> Check:
+def _order_of_slots(process: Any, network: TextNetwork) -> Check:
     """Slots of positions in another order, before the first call and after it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
