@@ -6,9 +6,11 @@ Every row is a run in OUT, trained for so many minutes (or --steps) and evaluate
 so the script may be stopped and started. OUT/rows.jsonl holds the figures, OUT/table.md what is made of them, and
 OUT/*.svg the curves (with the extra `viz`). ``--only GROUP`` does one group of rows.
 
-Groups: schedule, times, depth, target, estimate (self-conditioning), parts (each mend removed in turn), codes, calls
-(quality against sampling steps), delta (the first system's asymmetric intervals, of 2,000 steps), speed (training
-against the autoregressive model).
+Groups: schedule, times, depth, target, estimate (self-conditioning), parts (each mend removed in turn), codes, network
+(the U-Net beside the transformer), given (gaps filled by networks that were told which tokens are given, and by plain
+replacement), bias (how far plain replacement is from the law that is meant, on a world that is known), calls (quality
+against sampling steps), delta (the first system's asymmetric intervals, of 2,000 steps), speed (training against the
+autoregressive model). examples/second_system.py has the second system's own settings.
 """
 
 import argparse
@@ -17,9 +19,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
+
 import textdiffusion as td
-from textdiffusion.data import load_corpus, word_set
+from textdiffusion.data import evaluation_windows, load_corpus, tokenize, word_set
 from textdiffusion.evaluation import text_statistics
+from textdiffusion.families.analog_bits import AnalogBits, AnalogBitsConfig
+from textdiffusion.noise import Noise
+from textdiffusion.sampling import sample
+from textdiffusion.verification import Subject
+from textdiffusion.worlds import Table
 
 EMBEDDING, BITS = "gaussian_embedding", "analog_bits"
 # (group, name, family, settings)
@@ -42,13 +52,16 @@ ROWS = [
     ("parts", "bits for the softmax", BITS, ["process.output=bits"]),
     *(("codes", b, BITS, [f"process.book={b}"]) for b in ("binary", "gray", "random")),
     ("codes", "random, 16 bits", BITS, ["process.book=random", "process.bits=16"]),
+    ("network", "transformer", BITS, []),
+    ("network", "U-Net", BITS, ["network.body=unet"]),
+    ("network", "U-Net, bits, told the noise (the first system's)", BITS,
+     ["network.body=unet", "process.output=bits", "process.input=reals", "process.schedule=cosine"]),
     ("speed", "autoregressive", "autoregressive", ["network.ngrams=0"]),
     ("speed", EMBEDDING, EMBEDDING, []),
     ("speed", BITS, BITS, []),
 ]  # fmt: skip
 CALLS = (10, 25, 50, 100, 250, 500)
-DELTAS = (0, 1, 2, 5, 10, 20, 50)
-OF_DELTAS = 2000  # sampling steps
+DELTAS = (*range(11), 20, 50)
 
 
 def verb(*words: str) -> dict[str, object]:
@@ -80,10 +93,11 @@ def row(out: Path, family: str, settings: list[str], options: argparse.Namespace
     run = trained(out, family, settings, options)
     said = verb("eval", str(run), "--samples", str(options.samples), "--eval-tokens", str(options.eval_tokens))
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    last = json.loads(lines[-1])
+    last, training = json.loads(lines[-1]), td.load(run).config.training
     return {
         "kind": said["kind"], "bits_per_char": said["bits_per_char"], "standard_error": said["standard_error"],
         "valid_words": said["samples"]["valid_words"], "steps": last["step"], "seconds": last["seconds"],
+        "tokens_a_second": last["step"] * training.batch * options.length / last["seconds"],
     }  # fmt: skip
 
 
@@ -92,7 +106,8 @@ def words(run: Path, options: argparse.Namespace, calls: int, sampler: str, **ch
     model = td.load(run)
     for name, value in changes.items():
         setattr(model.process.config, name, value)
-    model.process = type(model.process)(model.process.network, model.process.config, model.process.vocabulary)
+    old = model.process
+    model.process = type(old)(old.network, old.config, old.vocabulary, start=old.start)
     texts = model.sample(n=options.samples, calls=calls, sampler=sampler, seed=1)
     found = text_statistics(texts, word_set(load_corpus(model.config.data)))
     return {
@@ -100,10 +115,44 @@ def words(run: Path, options: argparse.Namespace, calls: int, sampler: str, **ch
     }  # fmt: skip
 
 
+def filled(run: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Held-out windows, their middle third written anew: how much comes back as it was, and the words of the whole."""
+    model = td.load(run)
+    corpus = load_corpus(model.config.data)
+    windows = evaluation_windows(tokenize(corpus, model.tokenizer)["validation"], model.window)
+    whole = [w for w in windows if len(w) == model.window][: options.samples]
+    x = torch.from_numpy(np.stack(whole).astype(np.int64))
+    given = torch.ones(model.window, dtype=torch.bool)
+    given[model.window // 3 : 2 * model.window // 3] = False
+    *_, last = sample(
+        model.process, Noise.of(1, len(x)), model.window, model.window, tokens=x, given=given.expand(len(x), -1)
+    )
+    found = text_statistics([model.tokenizer.decode(ids) for ids in last.tokens.tolist()], word_set(corpus))
+    return {"as_it_was": float((last.tokens == x)[:, ~given].double().mean()), "valid_words": found.valid_words}
+
+
+def bias(conditioning: str, calls: int, rows: int = 40_000) -> dict[str, float]:
+    """Two tokens that are alike nine times of ten, the first of them given, the exact posterior in the network's place:
+    how often the second is written alike."""
+    world = Table(torch.tensor([[0.45, 0.05], [0.05, 0.45]], dtype=torch.float64))
+    config = AnalogBitsConfig(schedule="cosine", self_conditioning=0.0, conditioning=conditioning)
+    process = Subject(AnalogBits, config).ideal(world)
+    given = torch.tensor([True, False]).expand(rows, -1)
+    tokens = torch.zeros(rows, 2, dtype=torch.long)
+    *_, last = sample(process, Noise.of(1, rows), 2, calls, tokens=tokens, given=given)
+    alike = float((last.tokens[:, 1] == 0).double().mean())
+    return {"alike": alike, "should_be": 0.9, "standard_error": (alike * (1 - alike) / rows) ** 0.5}
+
+
 def jobs(out: Path, options: argparse.Namespace):
     """(group, name, function that gives the figures)."""
     for group, name, family, settings in ROWS:
         yield group, name, lambda family=family, settings=settings: row(out, family, settings, options)
+    for conditioning in ("clean", "replacement"):
+        settings = ["process.self_conditioning=0.0", f"process.conditioning={conditioning}"]
+        yield "given", conditioning, lambda settings=settings: filled(trained(out, BITS, settings, options), options)
+        for calls in (1, 4, 16, 64):
+            yield "bias", f"{conditioning}, {calls}", lambda how=conditioning, calls=calls: bias(how, calls)
     for sampler in ("ancestral", "ddim", "dpm", "churn"):
         for calls in CALLS:
             yield (
@@ -115,10 +164,14 @@ def jobs(out: Path, options: argparse.Namespace):
             )
     for share in (0.0, 0.5):
         for delta in DELTAS:
-            yield "delta", f"self-conditioning {share}, {delta}", lambda share=share, delta=delta: words(
-                trained(out, BITS, [f"process.self_conditioning={share}"], options), options, OF_DELTAS, "ddim",
-                delta=float(delta),
-            )  # fmt: skip
+            settings = [f"process.self_conditioning={share}"]
+            yield (
+                "delta",
+                f"self-conditioning {share}, {delta}",
+                lambda settings=settings, delta=delta: words(
+                    trained(out, BITS, settings, options), options, options.delta_calls, "ddim", delta=float(delta)
+                ),
+            )
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -135,14 +188,14 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def curves(out: Path, rows: list[dict[str, object]]) -> None:
-    """Word validity against calls, and with repetition against delta."""
+def curves(out: Path, rows: list[dict[str, object]], delta_calls: int) -> None:
+    """Word validity against calls; and with repetition and entropy against delta."""
     try:
         from matplotlib import pyplot as plt
     except ImportError:
         print("no curves drawn: pip install 'textdiffusion[viz]'", file=sys.stderr)
         return
-    for group, figures in (("calls", ["valid_words"]), ("delta", ["valid_words", "repetition"])):
+    for group, figures in (("calls", ["valid_words"]), ("delta", ["valid_words", "repetition", "entropy"])):
         some = [r for r in rows if r["group"] == group]
         if not some:
             continue
@@ -152,7 +205,7 @@ def curves(out: Path, rows: list[dict[str, object]]) -> None:
                 points = [(float(str(r["name"]).rsplit(", ", 1)[1]), r[name]) for r in some
                           if str(r["name"]).rsplit(", ", 1)[0] == line]  # fmt: skip
                 axis.plot(*zip(*points, strict=True), marker="o", label=line)
-            axis.set_xlabel("network calls" if group == "calls" else f"delta, in steps of {OF_DELTAS:,}")
+            axis.set_xlabel("network calls" if group == "calls" else f"delta, of {delta_calls:,} steps")
             axis.set_ylabel(name.replace("_", " "))
             axis.set_xscale("log" if group == "calls" else "symlog")
             axis.legend()
@@ -169,6 +222,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="instead of minutes")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--eval-tokens", type=int, default=160_000)
+    parser.add_argument("--delta-calls", type=int, default=2000, help="sampling steps of the group delta")
     parser.add_argument("--only", action="append", help="a group, or several")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -184,7 +238,7 @@ def main() -> None:
         with notes.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         (options.out / "table.md").write_text(table(rows), encoding="utf-8")
-    curves(options.out, rows)
+    curves(options.out, rows, options.delta_calls)
     print(table(rows))
 
 
