@@ -235,6 +235,8 @@ def test_bfloat16_scores_texts_as_float32_does(name):
 
 @pytest.mark.parametrize("calls", [3, 100])
 def test_a_text_does_not_depend_on_the_templates_that_share_its_batch(name, calls):
+    if "+" in name and calls > L:
+        pytest.skip("the steps are those of its family with a transformer")
     process, x = shaken(name), texts(4)
     given = torch.arange(L) < torch.tensor([[0], [3], [6], [8]])
     for sampler in process.steps:
