@@ -72,13 +72,14 @@ def test_what_was_asked_for_is_in_the_list(tmp_path):
 
 def test_deltas_are_measured_drawn_and_not_measured_twice(continuous, text, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(continuous, "DELTAS", (0, 3, 5, 10))
     words = [tmp_path / "OUT", "--data", text, "--steps", 2, "--length", 12, "--samples", 2, "--eval-tokens", 60,
              "--delta-calls", 12, "--only", "delta"]  # fmt: skip
     run(continuous, monkeypatch, *words)
     rows = [json.loads(line) for line in (tmp_path / "OUT/rows.jsonl").read_text().splitlines()]
-    assert [row["name"] for row in rows[:3]] == [f"self-conditioning 0.0, {n}" for n in range(3)]
+    assert [row["name"] for row in rows[:3]] == [f"self-conditioning 0.0, {n}" for n in (0, 3, 5)]
     assert len(rows) == 2 * len(continuous.DELTAS) and len(list((tmp_path / "OUT").glob("*/config.json"))) == 2
-    assert len({row["entropy"] for row in rows[: len(continuous.DELTAS)]}) > 3  # other deltas, other texts
+    assert len({row["entropy"] for row in rows[: len(continuous.DELTAS)]}) > 2  # other deltas, other texts
     assert (tmp_path / "OUT/delta.svg").read_text().startswith("<?xml")
     assert "self-conditioning 0.5, 10" in (tmp_path / "OUT/table.md").read_text()
     # Stopped and started: the last row is made again, to the same figures, and no other.
