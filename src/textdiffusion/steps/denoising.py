@@ -57,13 +57,13 @@ class Denoising(Step):
         to = (s - self.delta * (state.t - s)).clamp(min=0)
         now, then = (self.process.log_snr(t)[row].unsqueeze(-1) for t in (state.t, to))
         x_0 = guess.mean(log_p, self.process.codes()).double()
+        earlier = state.memory.mean if self.second_order and state.memory is not None else None
         # What was said before is as it was said: beside a reshaped law it would be another's. (Compared by the same way
         # to a law: rounding must not tell the two apart.)
-        plain = torch.equal(log_p, guess.posterior(lambda context: context))
-        if self.second_order and plain and state.memory is not None and state.memory.mean is not None:
+        if earlier is not None and torch.equal(log_p, guess.posterior(lambda context: context)):
             before = self.process.log_snr(state.memory.t)[row].unsqueeze(-1)
             ahead = (0.5 * (then - now) / (now - before)).clamp(max=1.0)  # 1 / 2r, but no wild guess from a short step
-            x_0 = (1 + ahead) * x_0 - ahead * state.memory.mean[asked]
+            x_0 = (1 + ahead) * x_0 - ahead * earlier[asked]
         mean, deviation = self.move(state.x[asked].double(), x_0, now, then)
         return Normal(asked, mean, deviation)
 
