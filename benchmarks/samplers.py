@@ -2,10 +2,10 @@
 
     python benchmarks/samplers.py RUN ... --judge RUN --texts runs/samplers.jsonl     (goes on where it was stopped)
     python benchmarks/samplers.py RUN ... --judge RUN --texts FILE --minutes 25 --parts 4
-    python benchmarks/samplers.py --page                                (measures nothing: writes page, plot and table)
+    python benchmarks/samplers.py --page    (measures nothing: writes page, plot and table)
 
-All runs must be of the same text, and the judge a left-to-right run of it. Texts are written in parts of 32, each by its
-own seed: first one part by every sampler, then a second one, and so on, so that it can be stopped at any time. What
+All runs must be of the same text, and the judge a left-to-right run of it. Texts are written in parts of 32, each by
+its own seed: first one part by every sampler, then a second one, and so on, so that it can be stopped at any time. What
 follows from them goes to benchmarks/samplers.json, from which docs/samplers.md, docs/samplers.svg and the table that
 `--sampler auto` reads are made (samplers_page.py).
 """
@@ -64,9 +64,7 @@ def write_texts(runs: dict[str, td.Model], path: Path, parts: int, calls: Sequen
                 if time.monotonic() > until:
                     return
                 begin, cpu = time.perf_counter(), time.process_time()
-                texts, made = model.sample_counted(
-                    PART, None, budget, sampler=sampler, grid=grid, seed=part
-                )
+                texts, made = model.sample_counted(PART, None, budget, sampler=sampler, grid=grid, seed=part)
                 record = {
                     "run": run, "family": model.config.family, "length": model.window, "sampler": sampler, "grid": grid,
                     "calls": budget, "part": part, "made": max(made), "texts": texts,
@@ -107,7 +105,8 @@ def quality(texts: Sequence[str], held_out: Sequence[str], words: set[str], judg
     right, every = (sum(column) for column in zip(*by_text))
     share = right / max(every, 1)
     spread = math.sqrt(sum((r - share * n) ** 2 for r, n in by_text)) / max(every, 1)
-    windows = [np.asarray(judge.tokenizer.encode(text)) for text in texts]
+    # An end of text is one token, and its sign several characters.
+    windows = [np.asarray(judge.tokenizer.encode(text))[: judge.window] for text in texts]
     with torch.inference_mode():
         judged = evaluate(judge.process, windows, judge.tokenizer.characters, judge.tokenizer.spelling).figure
     return {
@@ -134,7 +133,9 @@ def likelihoods(model: td.Model, windows: Sequence[np.ndarray], wanted: set[tupl
     return out
 
 
-def summarise(runs: dict[str, td.Model], path: Path, judge: td.Model, bounds: bool, old: dict[str, Any]) -> dict[str, Any]:
+def summarise(
+    runs: dict[str, td.Model], path: Path, judge: td.Model, bounds: bool, old: dict[str, Any]
+) -> dict[str, Any]:
     """All that the page shows."""
     first = next(iter(runs.values()))
     corpus, _, _ = prepare(first.config, first.tokenizer)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import textdiffusion as td
 from small_runs import small_run
 from textdiffusion.absorbing import count_weights
 from textdiffusion.cli import main
@@ -27,6 +29,7 @@ from textdiffusion.verification import Subject
 from textdiffusion.verification.enumeration import call_bound, enumerated_law, exact_curve, misfit
 from textdiffusion.worlds import HiddenMarkov, parity, random_table
 
+ROOT = Path(__file__).parents[1]
 V, L = 3, 3
 WORLD = random_table(V, L)
 COSTS = (0.3, 0.5, 1.2)
@@ -56,8 +59,7 @@ def test_on_a_flat_curve_counts_are_even():
 
 
 def test_the_optimal_counts_lower_the_enumerated_divergence():
-    """Parity tells nothing before one token is left: the best two calls of three are (2, 1), even counts those too; of a
-    world that says most at once, others. What the formula says is what the enumerated laws are apart."""
+    """Of all ways to reveal three tokens in two calls; and the divergence is that of absorbing.py's weights."""
     for world in (WORLD, parity()):
         process = Subject(Masked).ideal(world)
         curve = world.p.numpy() @ np.nan_to_num(exact_curve(process, world.texts))
@@ -169,6 +171,62 @@ def test_a_run_keeps_its_grid_and_goes_by_it(tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err
     with pytest.raises(UserError):
         grid_of(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two runs of 60 steps on one text, and the folder that they are in."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "my.txt").write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 400)
+    for name in ("masked", "autoregressive"):
+        settings = ["network.width=32", "network.heads=2", "training.batch=32"]
+        td.train(folder / name, "cpu", family=name, data=str(folder / "my.txt"), length=16, depth=1, steps=60,
+                 settings=settings)  # fmt: skip
+    return folder
+
+
+def test_training_leaves_a_grid_where_there_is_one(trained):
+    held = json.loads((trained / "masked" / "grid.json").read_text())
+    assert len(held["costs"]) == 16 and held["examples"] == 60 * 32 // 25
+    assert td.load(trained / "masked", "cpu").process.grid == Grid("optimal", tuple(held["costs"]))
+    assert not (trained / "autoregressive" / "grid.json").exists()
+
+
+def test_the_commands_of_the_page_of_samplers_run(trained, capsys):
+    run = str(trained / "masked")
+    (trained / "masked" / "grid.json").unlink()
+    assert main(["eval", run, "--samples", "0", "--calls", "4", "--json", "--grid", "optimal"]) == 2
+    assert "--keep-grid" in capsys.readouterr().err
+    assert main(["eval", run, "--samples", "0", "--calls", "4", "--json", "--keep-grid"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["grid"] == "optimal" and [figure["calls"] for figure in said["by_calls"]] == [4]
+    assert main(["eval", run, "--samples", "0", "--sampler", "margin", "--calls", "4,16", "--eval-tokens", "640"]) == 0
+    shown = capsys.readouterr().out
+    assert "at    4 calls  " in shown and "(sampler: margin, grid: optimal)" in shown
+    figures = [line for line in shown.splitlines() if "sampler: margin" in line]
+    assert len(figures) == 2 and not any("<=" in line for line in figures)  # exact
+    assert main(["eval", str(trained / "autoregressive"), "--samples", "0", "--keep-grid"]) == 2
+    assert "nothing to measure" in capsys.readouterr().err
+    assert main(["eval", run, "--keep-grid", "--data", "my.txt"]) == 2
+
+
+def test_the_benchmark_of_samplers_goes_on_where_it_was_stopped(trained, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import samplers
+
+    summary, texts = trained / "summary.json", trained / "texts.jsonl"
+    monkeypatch.setattr(samplers, "PART", 4)
+    runs = ["samplers.py", str(trained / "masked"), "--judge", str(trained / "autoregressive"), "--texts", str(texts)]
+    monkeypatch.setattr("sys.argv", [*runs, "--calls", "2,4", "--parts", "1", "--summary", str(summary)])
+    samplers.main()
+    lines = texts.read_text().splitlines()
+    found = json.loads(summary.read_text())
+    assert {r["sampler"] for r in found["rows"]} == set(Subject(Masked).silent(V).steps)
+    kinds = {name.split()[0]: like[2] for name, like in found["likelihoods"]["masked"].items()}
+    assert kinds["random"] == "upper" and kinds["margin"] == "exact" and "remask" not in kinds
+    assert all(r["made"] <= r["calls"] or r["sampler"] == "first_hitting" for r in found["rows"])
+    samplers.main()
+    assert texts.read_text().splitlines() == lines  # nothing was missing
 
 
 def test_a_grid_that_there_is_not_is_refused_before_anything_is_loaded(tmp_path, capsys):

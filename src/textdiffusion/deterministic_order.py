@@ -1,11 +1,11 @@
 """The exact likelihood of samplers that choose positions by a rule (DUEL, 2603.01367).
 
-Where a rule says which positions are written next, as a function of what is written, a text comes about in one way only:
+Where a rule says which positions are written next, as a function of what is written, a text comes about in one way:
 
     p(x) = product over calls k of the product over i in S_k(x) of p(x_i | what is written before call k)
 
-and its -log is the likelihood of the very texts that the sampler writes in those calls, no bound. Following a text costs
-as many network calls as writing it.
+and its -log is the likelihood of the very texts that the sampler writes in those calls, no bound. Following a text
+costs as many network calls as writing it.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ optimal     from what a token costs at each share of noise, measured once on hel
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class Grid:
         return tuple(np.clip(np.minimum.accumulate(np.minimum(wanted, free - made)), calls - made, None).tolist())
 
 
-def rising(values: Sequence[float]) -> np.ndarray:
+def rising(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """The nearest sequence, by least squares, that never falls: with more noise a token never costs less, but for the
     error of the measurement. (Isotonic regression: max over a <= i of min over b >= i of the mean of a..b.)"""
     x = np.asarray(values, dtype=np.float64)
@@ -167,4 +168,4 @@ def expected_divergence(curve: Sequence[float], hidden: Sequence[int]) -> float:
     """Nats by which the law of exact counts, on average over orders, is from that of one position a call: E KL
     (2510.25544), for the exact posterior's curve(1) ... curve(L) and the numbers hidden before each call and after the
     last."""
-    return math.fsum((a - b) * curve[a - 1] - math.fsum(curve[b:a]) for a, b in zip(hidden, hidden[1:]))
+    return math.fsum((a - b) * curve[a - 1] - math.fsum(curve[b:a]) for a, b in itertools.pairwise(hidden))

@@ -224,7 +224,8 @@ class Model:
         known = torch.zeros(n, length, dtype=torch.bool) if given is None else given.cpu()
         for frame in sample(
             self.writer.on(chosen), noise, length, calls, sampler=sampler, tokens=tokens, given=given,
-            temperature=temperature, top_p=top_p, top_k=top_k, until=self.tokenizer.end_of_text if stop else None, hold=hold,
+            temperature=temperature, top_p=top_p, top_k=top_k, hold=hold,
+            until=self.tokenizer.end_of_text if stop else None,
         ):  # fmt: skip
             yield TextFrame(frame, known, self.tokenizer, stop)
 

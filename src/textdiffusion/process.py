@@ -252,8 +252,8 @@ class Process(ABC):
     # -- reverse --------------------------------------------------------------------------------------------------
     @abstractmethod
     def plan(self, free: Tensor, calls: int, sampler: str) -> Sequence[float]:
-        """Decreasing times 1 = t_0 > ... > t_T = 0, on the process's grid, of a run of about ``calls`` network calls for a
-        text whose ``free`` positions, bool [L], are to be written."""
+        """Decreasing times 1 = t_0 > ... > t_T = 0, on the process's grid, of a run of about ``calls`` network calls
+        for a text whose ``free`` positions, bool [L], are to be written."""
 
     def time_of(self, changed: float) -> float | None:
         """The time at which a share ``changed`` of the tokens has become another token; None for a family whose noise
@@ -349,7 +349,7 @@ class HasCounts(Protocol):
         ...
 
     def curve_point(self, x_0: Tensor, hidden: Tensor, noise: Noise) -> Tensor:
-        """Mean nats of a hidden token [B] when ``hidden`` [B] random ones of those that share their calls are hidden."""
+        """Mean nats of a hidden token [B], ``hidden`` [B] random ones of those that share their calls being so."""
         ...
 
 

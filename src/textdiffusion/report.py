@@ -129,11 +129,14 @@ def report(
         examples = min(16 * model.window * max(1, len(windows)), MOST_EXAMPLES)
         measured = measure_costs(model.process, windows, examples=examples, device=model.device)
         if not measured:
-            raise UserError("--keep-grid has nothing to measure: this family makes one call a token, or the text is short")
+            raise UserError(
+                "--keep-grid has nothing to measure: this family makes one call a token, or the text is short"
+            )
         Run.open(keep).save_grid(measured, examples)
         model = load(keep, model.device, model.precision)
     likelihood = evaluate(
-        model.process.on(model.grid(grid)), windows, model.tokenizer.characters, model.tokenizer.spelling, calls=calls, sampler=sampler,
+        model.process.on(model.grid(grid)), windows, model.tokenizer.characters, model.tokenizer.spelling,
+        calls=calls, sampler=sampler,
         draws=draws, seed=seed, device=model.device,
     )  # fmt: skip
     unknown = model.tokenizer.unknown

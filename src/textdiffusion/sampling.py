@@ -99,7 +99,7 @@ def sample(
             are left out. Frames say how many were made.
         sampler: a name in ``process.steps``; None takes the first.
         tokens, given: a template, int64 [B L] and bool [B L]: positions that are fixed.
-        temperature, top_p, top_k: applied to the law of each token that its step starts from, which is the leave-one-out
+        temperature, top_p, top_k: applied to the law of each token that its step starts from, the leave-one-out
             posterior where noise replaces tokens; anything but 1 and None is no longer the model's law.
         condition: class labels int64 [B].
         until: a token that ends a text: nothing is written behind the first one that is drawn. Only for families that
@@ -116,9 +116,7 @@ def sample(
         raise UserError(f"this family has no sampler {name!r}; it has: {', '.join(process.steps)}")
     step = process.steps[name]
     network = Counted(process.network)
-    reshape = partial(
-        reshape_law if hold is None else reshape_uncut, temperature=temperature, top_p=top_p, top_k=top_k
-    )
+    reshape = partial(reshape_law if hold is None else reshape_uncut, temperature=temperature, top_p=top_p, top_k=top_k)
     process = process.over(network).by(name)
     particles = 1
     if hold is not None:
