@@ -13,6 +13,7 @@ follows from them goes to benchmarks/samplers.json, from which docs/samplers.md,
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -56,9 +57,11 @@ def write_texts(runs: dict[str, td.Model], path: Path, parts: int, calls: Sequen
     """Add what is missing to the file of texts, part by part, until the clock says so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     known = {tuple(r[k] for k in ("run", "sampler", "grid", "calls", "part")) for r in read(path)}
-    for part in range(parts):
+    for part, other_grids in itertools.product(range(parts), (False, True)):
         for run, model in runs.items():
             for sampler, grid, budget in cases(model, calls):
+                if other_grids == (grid == model.grid().name):
+                    continue
                 if (run, sampler, grid, budget, part) in known:
                     continue
                 if time.monotonic() > until:

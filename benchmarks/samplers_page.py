@@ -25,6 +25,8 @@ With `--sampler auto`, the default, the one that was measured to write best at a
 | `margin`, `confidence` | hiding, blocks | where the best token leads most, or is surest; exact likelihood |
 | `entropy` | hiding | as many of the least entropy as a limit on its sum allows (2505.24857); the same |
 | `threshold` | hiding | those surer than a threshold that rises with their number (2505.22618); the same |
+| `dilated` | hiding | evenly spaced positions, first coarsely, then between them (2506.19037); the same |
+| `spread` | hiding | those of least entropy, no two of a call near to each other; the same |
 | `bridge`, `tweedie` | replacing | the reversed chain; has a bound |
 | `gibbs` | replacing | some positions are drawn anew given all others |
 | `euler` | replacing | jumps by rates |
@@ -79,9 +81,9 @@ def write_up(found: dict[str, Any]) -> str:
         f"Text: {found['text']}. The judge is a {found['judge']} run of the same text, in bits/char; words are those "
         "of the book; entropy and divergence (Jensen-Shannon) are of the trigrams of characters, in bits, beside as "
         "much held-out text; seconds are of the processor, a text, on one busy core. `auto` is the sampler of lowest "
-        f"judged bits/char among those whose entropy is at least {MATCHED:.0%} of that of held-out text (all, if none is), at "
-        "temperature 1: **bold**. `python benchmarks/samplers.py RUN ... --judge RUN` measures this, and goes on where "
-        "it was stopped; what is not in a table has not been measured.\n\n![quality against calls](samplers.svg)\n"
+        f"judged bits/char among those whose entropy is at least {MATCHED:.0%} of that of held-out text (all, if none "
+        "is), at temperature 1: **bold**. `python benchmarks/samplers.py RUN ... --judge RUN` measures this, and "
+        "goes on where it was stopped; what is not in a table has not been measured.\n\n![quality against calls](samplers.svg)\n"
     )
     for run in dict.fromkeys(r["run"] for r in found["rows"]):
         rows = [r for r in found["rows"] if r["run"] == run]

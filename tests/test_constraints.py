@@ -232,7 +232,7 @@ def test_temperature_and_top_p_never_cost_the_match():
                if matching(PATTERN)[i])[1]  # fmt: skip
     counts = [drawn(process, PATTERN, 1, "random", 50, temperature=t)[0] for t in (0.0, 1e-45)]
     assert all(int(c[best]) == 50 for c in counts)
-    for how in ({"top_p": 0.01}, {"top_p": 0.01, "temperature": 0.1}):
+    for how in ({"top_p": 0.01}, {"top_p": 0.01, "temperature": 0.1}, {"top_k": 1}):
         counts, _ = drawn(process, PATTERN, 3, "random", 200, **how)
         assert float(counts[~matching(PATTERN)].sum()) == 0 and float(counts.sum()) == 200
     cut = reshape_uncut(torch.tensor([[0.7, 0.2, 0.1]]).log(), top_p=0.5)

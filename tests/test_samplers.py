@@ -30,7 +30,7 @@ from textdiffusion.worlds import random_table
 V, L = 3, 3
 WORLD = random_table(V, L)
 ONE = np.ones(V, dtype=np.int64)
-BY_RULE = ("margin", "confidence", "entropy", "threshold")
+BY_RULE = ("margin", "confidence", "entropy", "threshold", "dilated", "spread")
 
 
 # -- the likelihood of an order -----------------------------------------------------------------------------------
@@ -122,6 +122,35 @@ def test_the_limits_are_those_of_the_papers():
     # Doubts .02, .02, .4, .67, their sum 1.11: (2 + 1) .02 < .55 < (3 + 1) .4.
     assert chosen("threshold", laws, 2) == [False, True, False, True]
     assert chosen("threshold", laws, 1) == [True] * 4
+
+
+def reveals(sampler: str, calls: int, size: int, log_p=None) -> list[list[int]]:
+    """The positions that each call of a sampler reveals."""
+    process = Subject(Masked).silent(V)
+    step, x, out = process.steps[sampler], torch.full((1, size), V), []
+    for t, s in itertools.pairwise(process.plan(torch.ones(size, dtype=torch.bool), calls, sampler)):
+        state, s = State(x, torch.tensor([t]).double()), torch.tensor([s]).double()
+        asked = step.ask(state, s, Noise.of(0, 1))
+        law = torch.full((int(asked.sum()), V), 1 / V).double().log() if log_p is None else log_p[asked[0]]
+        shown = step.law(state, asked, Prediction(law), s, lambda law: law).positions
+        out.append(shown[0].nonzero().squeeze(-1).tolist())
+        x = x.masked_fill(shown, 0)
+    return out
+
+
+def test_dilated_positions_are_as_far_apart_as_they_can_be():
+    assert reveals("dilated", 4, 8) == [[0, 4], [2, 6], [1, 5], [3, 7]]
+    assert reveals("dilated", 2, 8) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert sorted(itertools.chain(*reveals("dilated", 5, 11))) == list(range(11))
+
+
+def test_spread_positions_are_the_surest_that_are_not_near():
+    """Sureness falls from left to right; with two of eight a call, near is less than 2 away, while there are others."""
+    sureness = torch.linspace(4, 1, 8, dtype=torch.float64).view(-1, 1) * torch.tensor([1.0, 0.0, 0.0]).double()
+    found = reveals("spread", 4, 8, sureness.log_softmax(-1))
+    assert found[0] == [0, 2] and sorted(itertools.chain(*found)) == list(range(8))
+    assert reveals("spread", 1, 8, sureness.log_softmax(-1)) == [list(range(8))]
+    assert reveals("spread", 8, 8, sureness.log_softmax(-1)) == [[i] for i in range(8)]
 
 
 def test_first_hitting_always_takes_a_call_for_each_position():

@@ -37,7 +37,7 @@ def order_nll(process: Process, x_0: Tensor, calls: int, sampler: str) -> Nll:
     network = Counted(process.network)
     process = process.over(network).by(sampler)
     noise = Noise.of(0, len(x_0), device=x_0.device)
-    state = process.prior_sample(*x_0.shape, noise)
+    state = process.prior_sample(x_0.shape[0], x_0.shape[1], noise)
     total = torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
     times = process.plan(torch.ones(x_0.shape[1], dtype=torch.bool), calls, sampler)
     for _, time in itertools.pairwise(times):

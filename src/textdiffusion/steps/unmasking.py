@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.nn.functional import one_hot, pad
 
 from textdiffusion.absorbing import hidden_targets
 from textdiffusion.noise import Noise
-from textdiffusion.process import Categorical, Prediction, Reshape, State, Step
+from textdiffusion.process import Categorical, Pace, Prediction, Reshape, State, Step
 from textdiffusion.schedules import Schedule
 from textdiffusion.steps.renewing import Renewal
 
@@ -132,7 +132,7 @@ class _Counted(Step):
         block: only the first block of this length with hidden positions is open; None: all the text.
     """
 
-    pace = "counts"
+    pace: ClassVar[Pace] = "counts"
 
     def __init__(self, mask: int, schedule: Schedule, block: int | None = None):
         self.mask, self.schedule, self.block = mask, schedule, block
@@ -190,7 +190,34 @@ class FirstHitting(RandomOrder):
     """One random position a call, whatever the budget."""
 
     note = "one random position a call: always as many calls as positions, and the law of endless ancestral steps"
-    pace = "each"
+    pace: ClassVar[Pace] = "each"
+
+
+@final
+class Dilated(_Counted):
+    """Reveals evenly spaced positions: in each call those that are furthest from each other and from what is written,
+    for the order is that of the positions' binary digits read backwards, 0, 1/2, 1/4, 3/4, 1/8 ... of the text. What is
+    drawn in the same call knows nothing of one another, and neighbours would have most to know (2506.19037)."""
+
+    note = "evenly spaced positions, first coarsely, then between them; best at few calls"
+    deterministic = True
+    apart = True
+
+    def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
+        length = state.x.shape[1]
+        place, rank = torch.arange(length, device=state.x.device), torch.zeros(length, device=state.x.device).double()
+        for digit in range((length - 1).bit_length()):
+            rank += ((place >> digit) & 1).double() / 2 ** (digit + 1)
+        return top_positions((1 - rank).masked_fill(~self.open(state), -1.0), self.count(state, s))
+
+    def asks(self, state: State, s: Tensor) -> Iterator[tuple[float, Tensor]]:
+        yield 1.0, self.ask(state, s, Noise.of(0, 1))
+
+    def law(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Categorical:
+        return Categorical(asked, reshape(prediction.log_p))
+
+    def draft(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Revealing:
+        return Revealing(self.open(state), reshape(prediction.log_p), asked)
 
 
 class Ordered(_Counted):
@@ -229,6 +256,34 @@ class Ordered(_Counted):
 
 
 @final
+class Spread(Ordered):
+    """Ordered, but no two positions of a call are near to each other while there are others: neighbours say most of one
+    another, and those that are drawn in the same call know nothing of it.
+
+    Near is half of the mean distance of as many positions, evenly spread over those that are hidden; at most ``FAR``.
+    """
+
+    FAR = 8
+
+    def choose(self, state: State, asked: Tensor, log_p: Tensor, s: Tensor) -> Tensor:
+        score = torch.full(state.x.shape, -torch.inf, dtype=torch.float64, device=state.x.device)
+        score[asked] = self.score(log_p).double()
+        count = self.count(state, s)
+        near = (asked.sum(-1) // (2 * count).clamp(min=1)).clamp(max=self.FAR).unsqueeze(-1)
+        place = torch.arange(score.shape[1], device=score.device)
+        chosen, beside = torch.zeros_like(asked), torch.zeros_like(asked)
+        for k in range(int(count.max())):
+            left = asked & ~chosen
+            apart = left & ~beside
+            able = torch.where(apart.any(-1, keepdim=True), apart, left)
+            best = score.masked_fill(~able, -torch.inf).argmax(-1, keepdim=True)
+            more = (k < count).unsqueeze(-1)
+            chosen |= more & (place == best)
+            beside |= more & ((place - best).abs() < near)
+        return chosen
+
+
+@final
 class Doubtful(Ordered):
     """Reveals as many of the surest positions as a limit on their doubt allows; the limit is set in every call so that,
     were the doubts to stay as they are, the calls that are left would do. So it makes as many as are asked for, and
@@ -240,7 +295,7 @@ class Doubtful(Ordered):
             reveal them together; it never falls along a row.
     """
 
-    pace = "left"
+    pace: ClassVar[Pace] = "left"
 
     def __init__(
         self, mask: int, schedule: Schedule, doubt: Callable[[Tensor], Tensor],
@@ -283,7 +338,7 @@ def entropy(log_p: Tensor) -> Tensor:
 
 
 def adaptive_steps(mask: int, schedule: Schedule) -> dict[str, Step]:
-    """Samplers that reveal more where they are surer."""
+    """Samplers that keep what a call reveals apart, or reveal more where they are surer; likelihoods are exact."""
     return {
         # The sum but for the largest: what the tokens can say of one another is no more (2505.24857).
         "entropy": Doubtful(
@@ -294,6 +349,10 @@ def adaptive_steps(mask: int, schedule: Schedule) -> dict[str, Step]:
         "threshold": Doubtful(
             mask, schedule, lambda log_p: 1 - confidence(log_p).exp(), lambda doubt, n: (n + 1) * doubt,
             "the positions surer than a threshold, which rises with their number and is what T calls need",
+        ),
+        "dilated": Dilated(mask, schedule),
+        "spread": Spread(
+            mask, schedule, lambda log_p: -entropy(log_p), "those of least entropy, no two of a call near to each other"
         ),
     }  # fmt: skip
 
