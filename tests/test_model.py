@@ -285,7 +285,7 @@ def test_watching_in_a_terminal_and_over_a_pipe(masked, capsys):
     console = Console(file=out, force_terminal=True, width=40)
     texts = watch(masked.stream(2, calls=3, infill="a ____ b"), console, seconds=0.01)
     assert texts == masked.infill("a ____ b", n=2, calls=3)
-    assert "noise 0.33 · 2 calls" in out.getvalue()
+    assert "noise 0.50 · 2 calls" in out.getvalue()
     assert masked.watch(1, calls=3) == masked.sample(1, calls=3)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and BLANK in lines[0] and BLANK not in lines[-1]
