@@ -10,14 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "textdiffusion"
 FLOORS = [
-    {"errors", "noise", "schedules", "gaussian", "categorical", "cross_entropy", "tokenizer", "worlds"}
+    {"errors", "noise", "schedules", "grids", "gaussian", "categorical", "cross_entropy", "tokenizer", "worlds"}
     | {"automaton", "patterns"}
     | {"networks.shape", "networks.attention", "networks.candidates", "networks.clock", "networks.convolution"}
     | {"networks.ngrams", "networks.network", "networks.transformer", "networks.unet", "networks.bodies"},
     {"process", "drafts", "conditioning", "absorbing", "replacing", "coded"}
-    | {"steps.unmasking", "steps.ordering", "steps.denoising"},
+    | {"steps.unmasking", "steps.renewing", "steps.ordering", "steps.denoising"},
     {"families"},  # and every file in families/
-    {"data", "settings", "training", "sampling", "constraints", "evaluation", "template"},
+    {"data", "settings", "training", "sampling", "constraints", "evaluation", "template"}
+    | {"deterministic_order", "pacing", "recommendation"},
     {"config", "run", "presets", "card", "fit", "model", "report", "catalogue", "verification", "watching"},
     {"doctor", "terminal", "demo", "flags", "cli", "ui", "__main__"},  # and every file in ui/
 ]

@@ -30,8 +30,9 @@ from textdiffusion.families.uniform import Uniform
 from textdiffusion.gaussian import posterior
 from textdiffusion.networks.candidates import Slots
 from textdiffusion.process import Categorical, Nll, Prediction, State
-from textdiffusion.replacing import Outlook, Renewing
+from textdiffusion.replacing import Outlook
 from textdiffusion.schedules import SCHEDULES, Schedule
+from textdiffusion.steps.renewing import Renewal, Renewing
 from textdiffusion.steps.unmasking import Ancestral, RandomOrder, Remasking, unmasking_steps
 from textdiffusion.verification import Subject, parts, verify
 from textdiffusion.verification.enumeration import integrated_bound
@@ -583,7 +584,8 @@ class RenewalDeaf(Renewing):
         bridge = super(Renewing, self).laws(state, asked, outlook, s, reshape)
         whole = super().laws(state, asked, outlook, s, lambda log_p: log_p)
         alone = super(Renewing, self).laws(state, asked, outlook, s, lambda log_p: log_p)
-        return (1 - self.share) * bridge + whole - (1 - self.share) * alone
+        share = self.renewal.share
+        return (1 - share) * bridge + whole - (1 - share) * alone
 
 
 class TemperatureHalfHeard(Uniform):
@@ -591,7 +593,7 @@ class TemperatureHalfHeard(Uniform):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.steps = self.steps | {"psi": RenewalDeaf(self, self.config.renewal, False, "psi")}
+        self.steps = self.steps | {"psi": RenewalDeaf(self, Renewal(self.config.renewal), False, "psi")}
 
 
 class RenewalWithNoise(Renewing):
@@ -599,7 +601,7 @@ class RenewalWithNoise(Renewing):
 
     def laws(self, state, asked, outlook, s, reshape):
         bridge = super(Renewing, self).laws(state, asked, outlook, s, reshape)
-        return (1 - self.share) * bridge + self.share * self.process.base
+        return (1 - self.renewal.share) * bridge + self.renewal.share * self.process.base
 
 
 class RenewsWithNoise(Uniform):
@@ -607,7 +609,7 @@ class RenewsWithNoise(Uniform):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.steps = self.steps | {"psi": RenewalWithNoise(self, self.config.renewal, False, "psi")}
+        self.steps = self.steps | {"psi": RenewalWithNoise(self, Renewal(self.config.renewal), False, "psi")}
 
 
 class GridShifted(Fading):
@@ -655,6 +657,20 @@ class OrderTiedToTokens(Masked):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.steps = self.steps | {"random": OrderFromTheTokensDraws(self.mask, self.schedule)}
+
+
+class ByChanceCalledByRule(RandomOrder):
+    """Positions chosen by chance, called a rule."""
+
+    deterministic = True
+
+
+class LikelihoodOfOneOrder(Masked):
+    """The likelihood of one order is reported as that of texts which come about in many."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps = self.steps | {"random": ByChanceCalledByRule(self.mask, self.schedule)}
 
 
 class OneTime(RandomOrder):
@@ -750,7 +766,7 @@ class HidesWhatIsGiven(Masked):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.steps = self.steps | {"remask": HidesAnything(self.mask, self.schedule, most=0.5)}
+        self.steps = self.steps | {"remask": HidesAnything(self.mask, self.schedule, Renewal(most=0.5), "forgets")}
 
 
 class ExactCalledUpper(Autoregressive):
@@ -861,6 +877,9 @@ CONTROLS = {
             "random: infilling keeps what is given",
             "random: infilling comes close to the exact conditional",
         ]
+    },
+    LikelihoodOfOneOrder: {
+        "the sampler random": ["random: the likelihood of its order is -log of the law of its samples"]
     },
     OneTimeForAllRows: {"infilling by random": ["random: infilling draws the enumerated law"]},
     GivenTokensReplaced: {"infilling by ancestral": ["ancestral: infilling one gap in one call is exact"]},

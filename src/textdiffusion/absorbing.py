@@ -110,8 +110,10 @@ class AnyOrder(Hiding):
         self, length: int, calls: int | None, sampler: str | None = None
     ) -> tuple[np.ndarray, int | None]:
         sampler = sampler or next(iter(self.steps))
-        if sampler not in ("random", "ancestral"):
-            raise UserError(f"no bound is known for the sampler {sampler!r}; there is one for random and ancestral")
+        if sampler not in ("random", "first_hitting", "ancestral"):
+            raise UserError(
+                f"no bound is known for the sampler {sampler!r}; there is one for random, first_hitting and ancestral"
+            )
         if calls is None:
             return np.concatenate(([0.0], np.ones(length))), None
         times = self.plan(torch.ones(length, dtype=torch.bool), calls, sampler)
@@ -130,14 +132,18 @@ class AnyOrder(Hiding):
         weight = -self.schedule.derivative(state.t) / (1 - self.schedule.alpha(state.t))
         return weight * self._cross_entropy(x_0, state.x == self.mask)
 
+    def together(self, length: int) -> int:
+        return length
+
     def plan(self, free: Tensor, calls: int, sampler: str) -> Sequence[float]:
-        """Uniform in t; but samplers of exact counts reveal one position a step where the calls suffice for that."""
-        counted = sampler not in ("ancestral", "remask")
-        length, steps = int(free.sum()), max(1, calls // self.passes)
-        if counted and steps >= length:
-            hidden = torch.arange(length, -1, -1, dtype=torch.float64) / length
-            return [float(t) for t in self.schedule.inverse(hidden)]
-        return [1 - k / steps for k in range(steps)] + [0.0]
+        length, steps, pace = int(free.sum()), max(1, calls // self.passes), self.steps[sampler].pace
+        if pace == "left":
+            return [1 - k / min(steps, length) for k in range(min(steps, length))] + [0.0]
+        if pace == "times" and (self.grid.name != "optimal" or steps > length):
+            return self.grid.times(steps, self.schedule.time_of)
+        # What is best for exact numbers is also near it for numbers that are so on average.
+        hidden = self.grid.hidden(length, len(free), length if pace == "each" else steps, self.schedule.rate_at)
+        return [float(t) for t in self.schedule.inverse(torch.tensor(hidden, dtype=torch.float64) / length)]
 
 
 def by_row(nats: Tensor, hidden: Tensor) -> Tensor:

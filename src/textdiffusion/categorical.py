@@ -60,8 +60,9 @@ def reshape_law(
         # The highest is taken off first: a tiny temperature must not divide its way to infinity minus infinity.
         log_p = ((log_p - log_p.amax(-1, keepdim=True)) / temperature).log_softmax(-1)
     if top_k is not None and top_k < log_p.shape[-1]:
-        threshold = log_p.topk(top_k, -1).values[..., -1:]
-        log_p = log_p.masked_fill(log_p < threshold, -torch.inf).log_softmax(-1)
+        # By place: a threshold would let all pass that tie with the last.
+        kept, place = log_p.topk(top_k, -1)
+        log_p = torch.full_like(log_p, -torch.inf).scatter(-1, place, kept).log_softmax(-1)
     if top_p is not None and top_p < 1.0:
         ordered, index = log_p.sort(-1, descending=True)
         before = ordered.exp().cumsum(-1) - ordered.exp()

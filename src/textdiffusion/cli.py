@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from textdiffusion.errors import UserError
 from textdiffusion.flags import parser_of
-from textdiffusion.settings import check_device, check_writing
+from textdiffusion.settings import check_device, check_grid, check_writing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -158,7 +158,8 @@ def _dry_run(args: argparse.Namespace, config: RunConfig) -> int:
 def _sample(args: argparse.Namespace) -> int:
     if args.watch and args.reproducible:
         raise UserError("--watch shows one batch as it is; leave out --reproducible, or --watch")
-    check_writing(args.n, args.length, args.calls, args.temperature, args.top_p, args.prompt, args.infill)
+    check_writing(args.n, args.length, args.calls, args.temperature, args.top_p, args.prompt, args.infill, args.top_k)
+    check_grid(args.grid)
     if args.proofread is not None:
         kept = ("--proofread", "--strength", "--calls", "--json", "--device", "--precision")
         _only(args, kept, "--proofread mends the text that it is given")
@@ -170,17 +171,17 @@ def _sample(args: argparse.Namespace) -> int:
     model = load(path, args.device, args.precision)
     if args.proofread is not None:
         return _proofread(args, model)
-    written = ("sampler", "temperature", "top_p", "seed", "prompt", "infill", "stop")
+    written = ("sampler", "grid", "temperature", "top_p", "top_k", "seed", "prompt", "infill", "stop")
     held = ("regex", "must_contain", "words", "acrostic", "particles")
     how = {name: getattr(args, name) for name in (*written, *held)}
     if args.watch and not args.json:
         model.watch(args.n, args.length, args.calls, **how)
         return 0
     texts, calls = model.sample_counted(args.n, args.length, args.calls, reproducible=args.reproducible, **how)
-    sampler = next(iter(model.process.steps)) if args.sampler == "auto" else args.sampler
     if args.json:
+        used = model.used  # what "auto" came to
         print(json.dumps({"samples": [{"text": t, "calls": c} for t, c in zip(texts, calls)], "calls": max(calls),
-                          "seed": args.seed, "sampler": sampler}, ensure_ascii=False))  # fmt: skip
+                          "seed": args.seed, "sampler": used[0], "grid": used[1]}, ensure_ascii=False))  # fmt: skip
     else:
         for number, text in enumerate(texts, 1):
             print(text if len(texts) == 1 else f"--- {number}\n{text}")
@@ -221,6 +222,9 @@ def _eval(args: argparse.Namespace) -> int:
         if value is not None and value < least:
             raise UserError(f"{name} must be at least {least}, not {value}")
     check_writing(None, args.length, None, args.temperature, args.top_p)
+    check_grid(args.grid)
+    if args.keep_grid and args.data is not None:
+        raise UserError("--keep-grid is measured on the run's own held-out text; leave out --data")
     path = _run(args)
     if args.data is not None:
         from textdiffusion.data import check_source
@@ -233,7 +237,7 @@ def _eval(args: argparse.Namespace) -> int:
     result = report(
         model, data=args.data, split=args.split, calls=calls, sampler=args.sampler, tokens=args.eval_tokens,
         draws=args.draws, samples=args.samples, seed=args.seed, length=args.length, temperature=args.temperature,
-        top_p=args.top_p,
+        top_p=args.top_p, grid=args.grid, keep=path if args.keep_grid else None,
     )  # fmt: skip
     if args.json:
         print(json.dumps(result.as_dict()))

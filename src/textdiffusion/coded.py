@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -387,7 +388,15 @@ class Coded(Process):
     def plan(self, free: Tensor, calls: int, sampler: str) -> Sequence[float]:
         # The first call of a network that reads what it said before is two.
         steps = max(1, calls - 1) if self.config.self_conditioning > 0 else calls
-        return [1 - k / steps for k in range(steps)] + [0.0]
+        return self.grid.times(steps, self._time_of, -LOWEST)
+
+    def _time_of(self, share: np.ndarray) -> np.ndarray:
+        """Times at which sigma^2 is ``share``, by bisection."""
+        low, high = np.zeros_like(share), np.ones_like(share)
+        for _ in range(60):
+            less = torch.sigmoid(-self.log_snr(torch.from_numpy((low + high) / 2))).cpu().numpy() < share
+            low, high = np.where(less, (low + high) / 2, low), np.where(less, high, (low + high) / 2)
+        return low
 
     def template(self, tokens: Tensor, given: Tensor, noise: Noise) -> State:
         prior = self.prior_sample(len(tokens), tokens.shape[1], noise)

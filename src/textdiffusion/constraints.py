@@ -187,12 +187,14 @@ def several(noise: Noise, particles: int) -> Noise:
     return Noise(noise.seed, rows, noise.total * particles, noise.step, noise.device)
 
 
-def reshape_uncut(log_p: Tensor, *, temperature: float = 1.0, top_p: float | None = None) -> Tensor:
+def reshape_uncut(
+    log_p: Tensor, *, temperature: float = 1.0, top_p: float | None = None, top_k: int | None = None
+) -> Tensor:
     """As categorical.reshape_law, but what is cut off there keeps a chance beyond reckoning, in float64: it is written
     only where nothing else would match. At temperature 0 a joint draw is the likeliest text that matches."""
     temperature = max(temperature, COLDEST)
     log_p = reshape_law(log_p.double().clamp(min=IMPOSSIBLE), temperature=temperature)
-    if top_p is None or top_p >= 1:
+    if (top_p is None or top_p >= 1) and top_k is None:
         return log_p
-    kept = reshape_law(log_p, top_p=top_p)
+    kept = reshape_law(log_p, top_p=top_p, top_k=top_k)
     return torch.where(kept == -torch.inf, log_p - CUT / temperature, kept)

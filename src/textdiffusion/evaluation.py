@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from textdiffusion.data import WORD
+from textdiffusion.deterministic_order import order_nll
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import HasCurve, Kind, Process
@@ -95,7 +96,8 @@ def evaluate(
             unknown token stands for (``Tokenizer.spelling``).
         calls: budgets for which the figure of the sampler of exactly that many calls is wanted too. A family whose
             likelihood is exact has one figure only.
-        sampler: whose T-call bound; None takes the family's first.
+        sampler: whose T-call bound, or exact likelihood if it chooses positions by a rule (deterministic_order.py,
+            which follows each window once, in as many calls as writing it takes); None takes the family's first.
         draws: noisy copies of each window, for families whose bound is estimated.
         seed: of the noise; a part of the protocol.
         batch: windows in a network call; None: up to 128, and at most 2^24 logits.
@@ -105,10 +107,14 @@ def evaluate(
     if sampler is not None and sampler not in process.steps:
         raise UserError(f"this family has no sampler {sampler!r}; it has: {', '.join(process.steps)}")
     process = process if sampler is None else process.by(sampler)
+    followed: list[int] = []
+    ruled = ""
+    if sampler is not None and sampler != next(iter(process.steps)) and process.steps[sampler].deterministic:
+        followed, calls, ruled, sampler = list(calls), (), sampler, None
     budgets: list[int | None] = [None, *calls]
     sizes = np.array([characters[w].sum() for w in windows], dtype=np.float64)
     longest, remembers = max(len(w) for w in windows), process.remembers  # what is remembered has no curve
-    totals, spread = np.zeros(len(budgets)), np.zeros((len(budgets), len(windows)))
+    totals, spread = np.zeros(len(budgets) + len(followed)), np.zeros((len(budgets) + len(followed), len(windows)))
     kinds: list[tuple[Kind, str, int | None]] = []
     curve: list[float] = []
     for length in sorted({len(w) for w in windows}):
@@ -129,6 +135,7 @@ def evaluate(
                     f"no bound is known for the sampler {sampler!r}; there is one for {next(iter(process.steps))}"
                 )
             sums = _by_draws(process, x, sizes[chosen], budgets, draws, seed, size)
+        sums += [_by_order(process, x, sizes[chosen], budget, ruled, size) for budget in followed]
         for j, part in enumerate(sums):
             totals[j] += part.nats
             spread[j, chosen] = part.spread
@@ -168,6 +175,14 @@ def _by_draws(
         spread = nats - nats.sum() / sizes.sum() * sizes
         out.append(_Sums(float(nats.sum()), spread, nll.kind, nll.sampler, nll.calls))
     return out
+
+
+def _by_order(process: Process, x: Tensor, sizes: np.ndarray, calls: int, sampler: str, batch: int) -> _Sums:
+    """The exact likelihood of a sampler that chooses positions by a rule."""
+    found = [order_nll(process, part, calls, sampler) for part in x.split(batch)]
+    nats = torch.cat([nll.total for nll in found]).double().cpu().numpy()
+    made = max(nll.calls or 0 for nll in found)
+    return _Sums(float(nats.sum()), nats - nats.sum() / sizes.sum() * sizes, "exact", sampler, made)
 
 
 def _by_curve(

@@ -20,6 +20,7 @@ from textdiffusion.errors import UserError
 from textdiffusion.evaluation import Figure, evaluate
 from textdiffusion.networks.network import TextNetwork
 from textdiffusion.noise import Noise
+from textdiffusion.pacing import EXAMPLES, measure_costs
 from textdiffusion.process import Process, count_parameters
 from textdiffusion.run import Run, build
 from textdiffusion.sampling import sample
@@ -230,6 +231,10 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
         if not finished or math.isinf(best):
             yield validate(True)
             save()
+    # As many windows as are a small part of those that were learnt from.
+    examples = min(EXAMPLES, learner.step * config.training.batch // 25)
+    kept = run.load(device)
+    run.save_grid(measure_costs(kept, held_out, examples=examples, device=device), examples)
     card.write_card(run, best, learner.step, learner.seconds, corpus)
     yield Stopped(path, learner.step, learner.seconds, best)
 

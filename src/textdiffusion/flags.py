@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from textdiffusion import __version__
+from textdiffusion.grids import GRIDS
 
 DEMO_MINUTES = 2.0
 
@@ -69,9 +70,13 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("-n", type=int, default=4, help="texts (default: 4)")
     p.add_argument("--length", type=int, help="tokens (default: the training window)")
     p.add_argument("--calls", type=int, metavar="T", help="network calls a text (default: one a token, the best)")
-    p.add_argument("--sampler", default="auto", help="auto, or a name from `textdiffusion families NAME`")
+    p.add_argument("--sampler", default="auto",
+                   help="auto, the best measured, or a name from `textdiffusion families NAME`")  # fmt: skip
+    p.add_argument("--grid", default="auto", metavar="|".join(GRIDS),
+                   help="where the calls stand (default: optimal if the run holds it, else time)")  # fmt: skip
     p.add_argument("--temperature", type=float, default=1.0)
-    p.add_argument("--top-p", type=float)
+    p.add_argument("--top-p", type=float, help="draw from the likeliest tokens that hold this share")
+    p.add_argument("--top-k", type=int, help="draw from so many likeliest tokens")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--prompt", metavar="TEXT", help="how the texts begin")
     p.add_argument("--infill", metavar="TEXT", help='text with gaps, one underscore a token: "The ____ sat"')
@@ -96,7 +101,12 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
         "--split", choices=["validation", "test"], default="validation", help="held-out part of the run's text"
     )
     p.add_argument("--calls", metavar="1,2,4,...", help="also of samplers with exactly so many network calls")
-    p.add_argument("--sampler", help="whose figures --calls gives (default: the family's first)")
+    p.add_argument("--sampler", help="whose figures --calls gives (default: the family's first); exact for those that "
+                   "choose positions by a rule, as margin")  # fmt: skip
+    p.add_argument("--grid", default="auto", metavar="|".join(GRIDS),
+                   help="where those calls stand (default: optimal if the run holds it, else time)")  # fmt: skip
+    p.add_argument("--keep-grid", action="store_true",
+                   help="measure what tokens cost at each noise level, and keep the optimal grid")  # fmt: skip
     p.add_argument("--eval-tokens", type=int, metavar="N", help="read about N tokens (default: all)")
     p.add_argument("--draws", type=int, help="noisy copies of each window (default: 2, and more of a short text)")
     p.add_argument(

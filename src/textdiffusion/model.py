@@ -15,15 +15,19 @@ import torch
 from textdiffusion.automaton import Automaton
 from textdiffusion.config import RunConfig, new_run_path, newest_run, read_config
 from textdiffusion.constraints import Hold, refusal
+from textdiffusion.drafts import HasDraft
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import evaluate
 from textdiffusion.families import family, names
 from textdiffusion.fit import Stopped, fit
+from textdiffusion.grids import Grid
 from textdiffusion.networks.network import TextNetwork
 from textdiffusion.noise import Noise
+from textdiffusion.pacing import levels_of
 from textdiffusion.patterns import Pattern, read_words
 from textdiffusion.presets import configure
 from textdiffusion.process import Process, State
+from textdiffusion.recommendation import recommend
 from textdiffusion.run import Run
 from textdiffusion.sampling import sample
 from textdiffusion.settings import LONGEST, Precision, check_device, check_writing
@@ -39,7 +43,8 @@ FIXED_BATCH = 8  # the same, where shapes must not depend on how many texts are 
 class Model:
     """A run, loaded. Made by `load` or `train`.
 
-    ``process`` computes likelihoods, in float32; ``writer`` samples, in the precision asked for.
+    ``process`` computes likelihoods, in float32; ``writer`` samples, in the precision asked for. ``used`` says what
+    sampler and grid "auto" came to in the texts written last.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class Model:
             raise UserError(f"--precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
         self.precision = precision
         self._automata: dict[Pattern, Automaton] = {}
+        self.used = ("", "")  # sampler and grid of the texts written last
         tune_allocator()
 
     @cached_property
@@ -67,6 +73,31 @@ class Model:
         if precision == "fp32" or not isinstance(network, TextNetwork):
             return self.process
         return self.process.over(copy.deepcopy(network).hold(torch.bfloat16))
+
+    def grid(self, name: str | None = None) -> Grid:
+        """The grid of that name; None or "auto" is the optimal one if the run holds it.
+
+        Raises:
+            UserError: no such grid, or "optimal" where what it takes has not been measured.
+        """
+        if name in (None, "auto"):
+            return self.process.grid
+        if name != "optimal":
+            return Grid(str(name))
+        if self.process.grid.name == "optimal":
+            return self.process.grid
+        if not levels_of(self.process, self.window):
+            raise UserError(f"the {self.config.family} family makes one call a token, on no grid; leave out --grid")
+        raise UserError(
+            "--grid optimal takes what tokens cost at each noise level, which this run does not hold; measure it with "
+            "`textdiffusion eval RUN --keep-grid`"
+        )
+
+    def recommended(self, calls: int, free: int, held: bool = False) -> str:
+        """The name of the sampler that "auto" means for ``calls`` calls and so many tokens to write; ``held``: to a
+        pattern, which not every sampler can be."""
+        able = [name for name, step in self.process.steps.items() if not held or isinstance(step, HasDraft)]
+        return recommend(self.config.family, calls / max(free, 1), able)
 
     @property
     def window(self) -> int:
@@ -124,8 +155,10 @@ class Model:
         calls: int | None = None,
         *,
         sampler: str | None = None,
+        grid: str | None = None,
         temperature: float = 1.0,
         top_p: float | None = None,
+        top_k: int | None = None,
         seed: int = 0,
         prompt: str | None = None,
         infill: str | None = None,
@@ -143,8 +176,11 @@ class Model:
             n: texts.
             length: tokens; the training window unless given. A template has its own length.
             calls: network calls a text; as many as tokens unless given, the best that masked ones can do.
-            sampler: one of ``model.process.steps``, or None (or "auto") for the family's recommended one.
-            temperature, top_p: sharpen or cut the law of each token.
+            sampler: one of ``model.process.steps``, or None (or "auto") for the one that was measured to be the best at
+                about so many calls (recommendation.py).
+            grid: where the calls stand, one of grids.GRIDS; None (or "auto") for "optimal" if the run holds what that
+                takes, and "time" if not.
+            temperature, top_p, top_k: sharpen or cut the law of each token.
             seed: the same seed gives the same draws, whatever n.
             prompt: a given beginning. infill: a text in which each underscore is a free token.
             stop: end a text where a document ends, and write nothing behind it; for families from left to right.
@@ -156,7 +192,7 @@ class Model:
         Raises:
             UserError: a value out of range, or something that the family cannot do.
         """
-        check_writing(n, None, calls, temperature, top_p, prompt, infill)
+        check_writing(n, None, calls, temperature, top_p, prompt, infill, top_k)
         if not 1 <= particles <= LONGEST:
             raise UserError(f"--particles must be from 1 to {LONGEST:,}, not {particles}")
         if stop and self.process.infills:
@@ -180,11 +216,16 @@ class Model:
             tokens = template.tokens.to(self.device).expand(n, -1)
             given = template.given.to(self.device).expand(n, -1)
         free = length if template is None else int((~template.given).sum())
-        sampler = None if sampler == "auto" else sampler
+        calls = calls or max(free, 1)
+        if sampler in (None, "auto"):
+            sampler = self.recommended(calls, free, held=hold is not None)
+        chosen = self.grid(grid)
+        self.used = (sampler, chosen.name)
         known = torch.zeros(n, length, dtype=torch.bool) if given is None else given.cpu()
         for frame in sample(
-            self.writer, noise, length, calls or max(free, 1), sampler=sampler, tokens=tokens, given=given,
-            temperature=temperature, top_p=top_p, until=self.tokenizer.end_of_text if stop else None, hold=hold,
+            self.writer.on(chosen), noise, length, calls, sampler=sampler, tokens=tokens, given=given,
+            temperature=temperature, top_p=top_p, top_k=top_k, hold=hold,
+            until=self.tokenizer.end_of_text if stop else None,
         ):  # fmt: skip
             yield TextFrame(frame, known, self.tokenizer, stop)
 
@@ -210,9 +251,10 @@ class Model:
         """
         check_writing(n)
         if reproducible and self.precision != "fp32":
-            return Model(self.process, self.tokenizer, self.config, self.device, "fp32").sample_counted(
-                n, length, calls, reproducible=True, **how
-            )
+            exact = Model(self.process, self.tokenizer, self.config, self.device, "fp32")
+            written = exact.sample_counted(n, length, calls, reproducible=True, **how)
+            self.used = exact.used
+            return written
         if how.get("words") is not None:
             how["words"] = read_words(how["words"])  # once, for all batches
         texts: list[str] = []

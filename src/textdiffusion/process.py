@@ -21,12 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from textdiffusion.grids import Grid
 from textdiffusion.networks.candidates import Slots
 from textdiffusion.noise import Noise
 
 Network = Callable[..., Tensor]
 Reshape = Callable[[Tensor], Tensor]  # of log-probabilities [N V], by temperature and top-p
 Kind = Literal["exact", "upper", "none"]
+# What a step makes of times. times: they are noise levels. counts: they say how many positions are still hidden. left:
+# even ones, which tell the step how many calls are left; it decides how much each does. each: one position a call.
+Pace = Literal["times", "counts", "left", "each"]
 # Evidence, log q(noisy position | v) for each v up to a constant, [B L V], to the log-law [B L V] of each token given
 # the evidence at all *other* positions (the leave-one-out posterior).
 Context = Callable[[Tensor], Tensor]
@@ -138,6 +142,10 @@ class Step(ABC):
     # True: the law of a position follows from one prediction, the one there; so positions can be worked out a few at a
     # time from one network call, where all at once would fill the memory.
     apart: ClassVar[bool] = False
+    # True: which positions are written follows from the state, and what is written stays; so a text comes about in one
+    # way only, and its likelihood is exact (deterministic_order.py).
+    deterministic: ClassVar[bool] = False
+    pace: ClassVar[Pace] = "times"
 
     @abstractmethod
     def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
@@ -176,6 +184,7 @@ class Process(ABC):
     remembers: ClassVar[bool] = False  # True: predictions depend on what came before, carried in State.memory
     steps: Mapping[str, Step]  # by name; the first is the default
     space: Discrete | Gaussian
+    grid: Grid = Grid()  # where the calls of a run stand; ``on`` makes it another
 
     def __init__(self, network: Network, config: Any, vocabulary: int, *, start: int = 0):
         self.network, self.config, self.vocabulary = network, config, vocabulary
@@ -201,6 +210,12 @@ class Process(ABC):
             for step in other.steps.values():
                 if getattr(step, "process", None) is self:
                     step.process = other  # type: ignore[attr-defined]
+        return other
+
+    def on(self, grid: Grid) -> Self:
+        """The same process, its calls on another grid."""
+        other = self.over(self.network)
+        other.grid = grid
         return other
 
     def by(self, sampler: str) -> Self:
@@ -237,8 +252,8 @@ class Process(ABC):
     # -- reverse --------------------------------------------------------------------------------------------------
     @abstractmethod
     def plan(self, free: Tensor, calls: int, sampler: str) -> Sequence[float]:
-        """Decreasing times 1 = t_0 > ... > t_T = 0 of a run of about ``calls`` network calls for a text whose ``free``
-        positions, bool [L], are to be written."""
+        """Decreasing times 1 = t_0 > ... > t_T = 0, on the process's grid, of a run of about ``calls`` network calls
+        for a text whose ``free`` positions, bool [L], are to be written."""
 
     def time_of(self, changed: float) -> float | None:
         """The time at which a share ``changed`` of the tokens has become another token; None for a family whose noise
@@ -322,6 +337,19 @@ class HasCurve(Protocol):
         Raises:
             UserError: no bound is known for this sampler.
         """
+        ...
+
+
+@runtime_checkable
+class HasCounts(Protocol):
+    """A process whose samplers reveal exact numbers of positions, for which there are optimal ones (grids.py)."""
+
+    def together(self, length: int) -> int:
+        """How many positions share their calls: all of a text, or a block."""
+        ...
+
+    def curve_point(self, x_0: Tensor, hidden: Tensor, noise: Noise) -> Tensor:
+        """Mean nats of a hidden token [B], ``hidden`` [B] random ones of those that share their calls being so."""
         ...
 
 

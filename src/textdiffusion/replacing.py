@@ -241,7 +241,8 @@ class Replacing(Process):
         return law / law.sum(-1, keepdim=True).clamp(min=SMALLEST)
 
     def plan(self, free: Tensor, calls: int, sampler: str) -> Sequence[float]:
-        return [1 - k / calls for k in range(calls)] + [0.0]
+        most = 1 - float(self.schedule.alpha(torch.tensor(1.0, dtype=torch.float64)))
+        return self.grid.times(calls, lambda share: self.schedule.time_of(share * most))
 
     def time_of(self, changed: float) -> float | None:
         # Of the positions that hold a token, not [MASK], (1 - a) share other / (a + (1 - a) share) hold another one.
@@ -325,7 +326,7 @@ class Bridge(Step):
         return self.process.movable(state)
 
     def asks(self, state: State, s: Tensor) -> Iterator[tuple[float, Tensor]]:
-        yield 1.0, self.process.movable(state)
+        yield 1.0, self.ask(state, s, Noise.of(0, 1))
 
     def law(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Categorical:
         return Categorical(asked, self.laws(state, asked, prediction.native, s, reshape).log())
@@ -373,47 +374,3 @@ class Bridge(Step):
             symbols = torch.arange(len(base), device=row.device)
             at_s = at_s.masked_fill((s[row] == 0).unsqueeze(-1) & (symbols == process.mask), 0.0)
         return process.bridge(at_s, state.x[asked], stay)
-
-
-class Renewing(Bridge):
-    """The bridge, but a share of the positions is drawn anew from what the model expects at the step's end.
-
-    From the denoiser: the Psi sampler (2602.21185), of which remasking (2503.00307) is the absorbing case. From the
-    context: a Gibbs move, each such position drawn given all others as they were; exact for one position at a time,
-    while here a share of them moves together, so that many calls come close to the law and do not reach it. Either lets
-    an early mistake be mended, also where the noise alone would never lead away from a shown token.
-    """
-
-    reverses = False
-
-    def __init__(self, process: Replacing, share: float, blind: bool, note: str):
-        super().__init__(process)
-        self.share, self.blind = share, blind
-        self.note = note  # type: ignore[misc]
-
-    def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
-        return self.process.free(state)
-
-    def asks(self, state: State, s: Tensor) -> Iterator[tuple[float, Tensor]]:
-        yield 1.0, self.process.free(state)
-
-    def foreseen(self, state: State) -> Tensor:
-        return self.process.free(state)
-
-    def draft(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Rewriting:
-        fresh = reshape(prediction.native.context)
-        log_p = self.process.denoiser(state, asked, fresh)
-        if not self.blind:
-            return self.rewriting(state, asked, log_p, torch.full_like(log_p, self.share), s)
-        # The text is drawn from the mixture; given its token, this is the chance that it came of the context.
-        share = torch.tensor(self.share, dtype=log_p.dtype, device=log_p.device)
-        both = torch.logaddexp(log_p + (1 - share).log(), fresh + share.log())
-        return self.rewriting(state, asked, both, (fresh + share.log() - both).exp(), s)
-
-    def laws(self, state: State, asked: Tensor, outlook: Outlook, s: Tensor, reshape: Reshape) -> Tensor:
-        row, process = asked.nonzero()[:, 0], self.process
-        token = reshape(outlook.context)
-        if not self.blind:
-            token = process.denoiser(state, asked, token)
-        fresh = process.marginal(token.exp(), process.alpha(s)[row])
-        return (1 - self.share) * super().laws(state, asked, outlook, s, reshape) + self.share * fresh

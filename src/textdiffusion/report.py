@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from textdiffusion.data import Corpus, evaluation_windows, tokenize, whole_text, word_set
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import Report, TextStatistics, evaluate, text_statistics
 from textdiffusion.fit import prepare
-from textdiffusion.model import Model
+from textdiffusion.model import Model, load
+from textdiffusion.pacing import measure_costs
+from textdiffusion.run import Run
 from textdiffusion.tokenizer import Tokenizer
 
 # Of a short text so many noisy copies are read that figures for different numbers of calls can be told apart.
+MOST_EXAMPLES = 8192  # noisy windows that the optimal grid is measured on
 EXAMPLES, MOST_DRAWS = 32, 64  # examples for each number of hidden tokens; copies of a window
 
 
@@ -30,9 +34,12 @@ class RunReport:
     samples: TextStatistics | None
     calls: int  # network calls a sample
     seconds: float  # that writing all samples took
+    grid: str = "time"  # of the figures at so many calls, and of the samples
+    kept: bool = False  # the optimal grid has been measured, and is now in the run
 
     def as_dict(self) -> dict[str, Any]:
         body = {"run": self.run, "text": self.text} | self.likelihood.as_dict() | {"unseen": self.unseen}
+        body |= {"grid": self.grid}
         if self.samples is None:
             return body | {"samples": None}
         return body | {"samples": asdict(self.samples) | {"calls": self.calls, "seconds": round(self.seconds, 2)}}
@@ -50,7 +57,9 @@ class RunReport:
             f"likelihood      {head}   ({kind[head.kind]})",
         ]
         for figure in like.by_calls:
-            out.append(f"  at {figure.calls:>4} calls  {figure}   (sampler: {figure.sampler})")
+            out.append(f"  at {figure.calls:>4} calls  {figure}   (sampler: {figure.sampler}, grid: {self.grid})")
+        if self.kept:
+            out.append("grid            measured, and kept in the run: it is on the optimal grid from now on")
         if head.kind == "none":
             out.append(
                 "  no likelihood: the tokenizer does not keep all of the text, or the family claims none as it is set"
@@ -84,6 +93,8 @@ def report(
     draws: int | None,
     samples: int,
     seed: int,
+    grid: str | None = None,
+    keep: Path | None = None,
     **how: Any,
 ) -> RunReport:
     """Evaluate a model.
@@ -94,6 +105,8 @@ def report(
         calls: budgets to measure the bound for, of ``sampler``. tokens: about how many to read, None for all.
         draws: noisy copies of a window; None: 2, and more of a short text.
         samples: texts to write for the statistics, 0 for none.
+        grid: of those budgets and of the texts. keep: the run directory in which to keep the optimal grid, measured on
+            the windows of this text.
         how: they are written, as in ``Model.stream``: length, temperature, top_p.
     Raises:
         UserError: unusable text, or not the text that the run was trained on.
@@ -111,8 +124,19 @@ def report(
     windows = evaluation_windows(held_out, model.window, limit=tokens)
     if draws is None:
         draws = min(max(2, EXAMPLES * model.window // max(len(windows), 1)), MOST_DRAWS)
+    measured: tuple[float, ...] = ()
+    if keep is not None:
+        examples = min(16 * model.window * max(1, len(windows)), MOST_EXAMPLES)
+        measured = measure_costs(model.process, windows, examples=examples, device=model.device)
+        if not measured:
+            raise UserError(
+                "--keep-grid has nothing to measure: this family makes one call a token, or the text is short"
+            )
+        Run.open(keep).save_grid(measured, examples)
+        model = load(keep, model.device, model.precision)
     likelihood = evaluate(
-        model.process, windows, model.tokenizer.characters, model.tokenizer.spelling, calls=calls, sampler=sampler,
+        model.process.on(model.grid(grid)), windows, model.tokenizer.characters, model.tokenizer.spelling,
+        calls=calls, sampler=sampler,
         draws=draws, seed=seed, device=model.device,
     )  # fmt: skip
     unknown = model.tokenizer.unknown
@@ -121,12 +145,15 @@ def report(
         likelihood = without_kind(likelihood)
     statistics, made, spent, begin = None, 0, 0.0, time.perf_counter()
     if samples and own is not None:
-        texts, counted = model.sample_counted(samples, seed=seed, **how)
+        texts, counted = model.sample_counted(samples, seed=seed, grid=grid, **how)
         made = max(counted)
         spent = time.perf_counter() - begin
         statistics = text_statistics(texts, word_set(own), own.train)
     pieces = model.tokenizer.kind not in ("char", "byte")
-    return RunReport(model.config.family, name, likelihood, unseen, pieces, statistics, made, spent)
+    return RunReport(
+        model.config.family, name, likelihood, unseen, pieces, statistics, made, spent, model.grid(grid).name,
+        bool(measured),
+    )  # fmt: skip
 
 
 def lossy(tokenizer: Tokenizer, corpus: Corpus) -> bool:

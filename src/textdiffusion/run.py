@@ -4,6 +4,7 @@
   model.safetensors   the weights to use: the average with the best validation figure so far
   tokenizer.json      standard tokenizer file
   metrics.jsonl       one line a validation
+  grid.json           what a token costs at each noise level, for the optimal grid; not of families that have none
   checkpoints/        what --resume needs, newest last
   README.md           model card
 Files are written beside and renamed, so none is ever half there; nothing is pickled.
@@ -15,7 +16,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from textdiffusion.families import family
 from textdiffusion.networks.bodies import network_of
 from textdiffusion.networks.network import TextNetwork
 from textdiffusion.networks.shape import TransformerConfig
+from textdiffusion.pacing import FILE as GRID_FILE
+from textdiffusion.pacing import costs_to_json, grid_of
 from textdiffusion.process import Process
 from textdiffusion.settings import with_fields
 from textdiffusion.tokenizer import Tokenizer
@@ -112,11 +115,12 @@ class Run:
         _save_tensors(self.path / "model.safetensors", {k: v.contiguous() for k, v in network.state_dict().items()})
 
     def load(self, device: torch.device | str = "cpu") -> Process:
-        """The process with the run's weights, in evaluation mode.
+        """The process with the run's weights, in evaluation mode, on the optimal grid if the run holds one.
 
         Raises:
-            UserError: weights missing, damaged, or of another network.
+            UserError: weights missing, damaged, or of another network; a damaged grid.
         """
+        grid = grid_of(self.path)
         process = build(self.config)
         network = process.network
         assert isinstance(network, TextNetwork)
@@ -127,7 +131,12 @@ class Run:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"{self.path}/model.safetensors does not fit config.json: {reason}") from None
         network.to(device).eval()
-        return process
+        return process.on(grid)
+
+    def save_grid(self, costs: Sequence[float], examples: int) -> None:
+        """Keep what tokens cost at each noise level; nothing, if nothing was measured."""
+        if costs:
+            write(self.path / GRID_FILE, costs_to_json(costs, examples))
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
     def checkpoints(self) -> list[Path]:

@@ -84,6 +84,7 @@ def sample(
     given: Tensor | None = None,
     temperature: float = 1.0,
     top_p: float | None = None,
+    top_k: int | None = None,
     condition: Tensor | None = None,
     until: int | None = None,
     hold: Hold | None = None,
@@ -98,8 +99,8 @@ def sample(
             are left out. Frames say how many were made.
         sampler: a name in ``process.steps``; None takes the first.
         tokens, given: a template, int64 [B L] and bool [B L]: positions that are fixed.
-        temperature, top_p: applied to the predicted law of each token; anything but 1 and None is no longer the
-            model's law.
+        temperature, top_p, top_k: applied to the law of each token that its step starts from, the leave-one-out
+            posterior where noise replaces tokens; anything but 1 and None is no longer the model's law.
         condition: class labels int64 [B].
         until: a token that ends a text: nothing is written behind the first one that is drawn. Only for families that
             write from left to right.
@@ -115,7 +116,7 @@ def sample(
         raise UserError(f"this family has no sampler {name!r}; it has: {', '.join(process.steps)}")
     step = process.steps[name]
     network = Counted(process.network)
-    reshape = partial(reshape_law if hold is None else reshape_uncut, temperature=temperature, top_p=top_p)
+    reshape = partial(reshape_law if hold is None else reshape_uncut, temperature=temperature, top_p=top_p, top_k=top_k)
     process = process.over(network).by(name)
     particles = 1
     if hold is not None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,14 @@ class Schedule:
     alpha: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]
     inverse: Callable[[Tensor], Tensor]
+
+    def time_of(self, rate: np.ndarray) -> np.ndarray:
+        """Times at which the mask rate is so much."""
+        return self.inverse(torch.from_numpy(rate)).numpy()
+
+    def rate_at(self, t: np.ndarray) -> np.ndarray:
+        """Mask rates at such times."""
+        return (1 - self.alpha(torch.from_numpy(t))).numpy()
 
 
 def bell(uniform: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from textdiffusion.errors import UserError
+from textdiffusion.grids import GRIDS
 
 LONGEST = 1_000_000  # tokens, texts or calls; more is a slip of the finger
 Precision = Literal["auto", "bf16", "fp32"]
@@ -61,6 +62,16 @@ class TrainingConfig:
             raise UserError(f"training.precision must be auto, bf16 or fp32, not {self.precision!r}")
 
 
+def check_grid(name: str) -> None:
+    """Refuse a grid that there is not.
+
+    Raises:
+        UserError: naming those that there are.
+    """
+    if name not in ("auto", *GRIDS):
+        raise UserError(f"--grid must be one of auto, {', '.join(GRIDS)}, not {name!r}")
+
+
 def check_device(device: str) -> None:
     """Refuse a device that nothing here can compute on.
 
@@ -79,13 +90,14 @@ def check_writing(
     top_p: float | None = None,
     prompt: str | None = None,
     infill: str | None = None,
+    top_k: int | None = None,
 ) -> None:
     """Refuse what no run could write: numbers out of range, two templates. None is what is not asked for.
 
     Raises:
         UserError: naming the flag and what it may be.
     """
-    for name, value, low in (("-n", n, 1), ("--length", length, 1), ("--calls", calls, 1)):
+    for name, value, low in (("-n", n, 1), ("--length", length, 1), ("--calls", calls, 1), ("--top-k", top_k, 1)):
         if value is not None and not low <= value <= LONGEST:
             raise UserError(f"{name} must be from {low} to {LONGEST:,}, not {value}")
     if temperature is not None and not 0 <= temperature <= LONGEST:

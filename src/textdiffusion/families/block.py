@@ -203,6 +203,20 @@ class BlockDiffusion(Hiding):
             return Nll(diffusion, zero, zero, "exact", "random", length)
         return Nll(diffusion, zero, zero, "upper", "random", made)
 
+    def together(self, length: int) -> int:
+        return min(self.size, length)
+
+    def curve_point(self, x_0: Tensor, hidden: Tensor, noise: Noise) -> Tensor:
+        """Of the mean over the blocks; a last one that is shorter hides as large a share."""
+        sizes = self._sizes(x_0.shape[1], x_0.device)
+        n = (hidden.unsqueeze(-1) * sizes / self.together(x_0.shape[1])).ceil().long()
+        return (self._cross_entropy(x_0, n, noise).double() / n).mean(-1)
+
+    def _hidden(self, size: int, length: int, calls: int) -> tuple[int, ...]:
+        """Numbers hidden in a block of ``size`` open positions, of a text of ``length``, before each of its calls and
+        after the last."""
+        return self.grid.hidden(size, self.together(length), calls) if size else (0,)
+
     def _weights(self, length: int, calls: int | None, sampler: str | None = None) -> tuple[np.ndarray, int | None]:
         """Weights of curve_b(n) in the bound, float64 [blocks, block + 1], and the calls that it is of."""
         if sampler not in (None, "random"):
@@ -211,7 +225,8 @@ class BlockDiffusion(Hiding):
         spread = sizes if calls is None else _spread(sizes, calls)
         weights = np.zeros((len(sizes), self.size + 1))
         for block, (size, share) in enumerate(zip(sizes, spread, strict=True)):
-            weights[block, : size + 1] = count_weights(size, (-np.diff(_targets(size, share))).tolist())
+            hidden = self._hidden(size, length, share)
+            weights[block, : size + 1] = count_weights(size, (-np.diff(hidden)).tolist())
         return weights, None if calls is None else sum(spread)
 
     # -- what tests enumerate -------------------------------------------------------------------------------------
@@ -243,23 +258,18 @@ class BlockDiffusion(Hiding):
     # -- reverse --------------------------------------------------------------------------------------------------
     def plan(self, free: Tensor, calls: int, sampler: str) -> Sequence[float]:
         """Calls are shared out over the blocks by their free positions, at least one each; each call of a block reveals
-        as many as the others."""
+        as many as the others, or as the grid says."""
         sizes = [int(block.sum()) for block in free.split(self.size)]
         total, left, times = sum(sizes), sum(sizes), [1.0]
         for size, share in zip(sizes, _spread(sizes, calls), strict=True):
             left -= size
-            times += [(left + hidden) / total for hidden in _targets(size, share)[1:]]
+            times += [(left + hidden) / total for hidden in self._hidden(size, len(free), share)[1:]]
         return times
 
 
 def _count(rate: Tensor, sizes: Tensor) -> Tensor:
     """Numbers hidden, 1..size, at rates in [0, 1)."""
     return torch.minimum((rate * sizes).long(), sizes - 1) + 1
-
-
-def _targets(size: int, calls: int) -> np.ndarray:
-    """Numbers still hidden after 0..calls calls that reveal ``size`` positions in equal parts."""
-    return -(-size * np.arange(calls, -1, -1) // max(calls, 1))
 
 
 def _spread(sizes: Sequence[int], calls: int) -> list[int]:

@@ -25,8 +25,9 @@ from textdiffusion.cross_entropy import token_nats
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import Context, Network, State, as_network
-from textdiffusion.replacing import Bridge, Outlook, Renewing, Replacing
+from textdiffusion.replacing import Bridge, Outlook, Replacing
 from textdiffusion.schedules import SCHEDULES, bell
+from textdiffusion.steps.renewing import Renewal, Renewing
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Uniform(Replacing):
     def __init__(self, network: Network, config: UniformConfig, vocabulary: int, *, start: int = 0):
         schedule = SCHEDULES[config.schedule]
         super().__init__(network, config, vocabulary, schedule, config.mask_share, start=start)
-        renewal = config.renewal
+        renewal = Renewal(config.renewal)
         self.steps = {
             "bridge": Bridge(self),
             "psi": Renewing(self, renewal, False, "the bridge, and some positions drawn anew from the denoiser; mends"),

@@ -15,6 +15,8 @@ class LeftToRight(Step):
     """One position a call, in reading order."""
 
     note = "one token a call, in reading order; exact likelihood"
+    deterministic = True
+    pace = "each"
 
     def __init__(self, mask: int):
         self.mask = mask

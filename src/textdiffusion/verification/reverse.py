@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from textdiffusion.deterministic_order import order_nll
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
 from textdiffusion.process import HasKernel
@@ -78,6 +79,17 @@ def sampler(subject: Subject, name: str) -> Iterator[Check]:
     else:
         yield Check(
             f"{name}: one position a call samples the world", apart[-1], ROUNDING, f"total variation {apart[-1]:.3f}"
+        )
+    if step.deterministic:
+        unlike = (
+            (order_nll(model, WORLD.texts, calls, name).total + enumerated_law(model, L, calls, name).log()).abs().max()
+            for model, calls in itertools.product((ideal, wrong), (1, 2, L))
+        )
+        yield Check(
+            f"{name}: the likelihood of its order is -log of the law of its samples",
+            most(*unlike),
+            1e-8,
+            "what is called exact is of other texts, or of a sampler that chooses by chance",
         )
     if step.reverses:
         rise = most(*(later - earlier for earlier, later in itertools.pairwise(apart)))

@@ -1,0 +1,154 @@
+"""docs/samplers.md, docs/samplers.svg and what `--sampler auto` reads, made from benchmarks/samplers.json alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Of the entropy of as much held-out text: what writes less varied text is not compared, however well it reads.
+MATCHED = 0.98
+HEAD = """# Samplers
+
+What a sampler is for is the best text for a number of network calls. `textdiffusion families NAME` lists those of a
+family, `--sampler` takes one, `--calls` the budget, and `--grid` says where the calls stand between noise and text.
+With `--sampler auto`, the default, the one that was measured to write best at about so many calls a token is taken.
+
+| sampler | noise | what it does |
+|---|---|---|
+| `random` | hiding, blocks | exact numbers of random positions; has a bound for every number of calls |
+| `first_hitting` | hiding | one random position a call, so always as many calls as positions (2409.02908) |
+| `ancestral` | hiding | each position on its own, as the reversed noise says; has a bound |
+| `remask`, `psi` | hiding; `psi` any | ancestral, and a share is drawn anew, by one rule (2503.00307, 2602.21185) |
+| `margin`, `confidence` | hiding, blocks | where the best token leads most, or is surest; exact likelihood |
+| `entropy` | hiding | as many of the least entropy as a limit on its sum allows (2505.24857); the same |
+| `threshold` | hiding | those surer than a threshold that rises with their number (2505.22618); the same |
+| `dilated` | hiding | evenly spaced positions, first coarsely, then between them (2506.19037); the same |
+| `spread` | hiding | those of least entropy, no two of a call near to each other; the same |
+| `bridge`, `tweedie` | replacing | the reversed chain; has a bound |
+| `gibbs` | replacing | some positions are drawn anew given all others |
+| `euler` | replacing | jumps by rates |
+| `ancestral`, `ddim`, `dpm`, `churn` | Gaussian | the chain (has a bound); the flow; to second order; noised |
+
+`entropy` and `threshold` set their limit in every call so that, were the doubts to stay as they are, the calls that are
+left would do: they make as many calls as they are asked for. Where positions follow from what is written by a rule, a
+text comes about in one way only, and `textdiffusion eval RUN --sampler margin --calls 16` gives its exact likelihood
+(DUEL, 2603.01367), at as many calls a window as writing it takes.
+
+Temperature, `--top-p` and `--top-k` act on what all *other* positions say of a token, where noise replaces tokens;
+what a family remembers of a call is what it predicted, before any of these.
+
+## Grids
+
+`time` is even in the process's own time, `rate` in the share of noise, `log_snr` in log(signal / noise); `quadratic`
+and `cosine` are known from elsewhere. `optimal` follows from what a token costs at each noise level, which is measured
+at the end of training and kept in the run (`textdiffusion eval RUN --keep-grid` measures it again): the numbers of
+positions to reveal for which the expected divergence from one position a call, sum_k m_k curve(n_k) - sum_n curve(n),
+is least (2510.25544), by dynamic programming; for the other families, equal parts of the entropy. It is the default
+where a run holds it.
+"""
+
+
+def compared(rows: Sequence[dict[str, Any]], held_out: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows whose text is as varied as held-out text; all, if none is."""
+    varied = [r for r in rows if r["entropy"] >= MATCHED * held_out[str(r["length"])]["entropy"]]
+    return varied or list(rows)
+
+
+def recommended(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """For each family and budget the sampler of lowest judged bits/char among those compared, on the run's own grid."""
+    out: dict[str, list[dict[str, Any]]] = {}
+    for family in sorted({r["family"] for r in found["rows"]}):
+        rows = [r for r in found["rows"] if r["family"] == family]
+        own = rows[0]["grid"]  # cases begin with it
+        for budget in sorted({r["calls"] for r in rows}):
+            some = [r for r in rows if r["calls"] == budget and r["grid"] == own]
+            if len({r["sampler"] for r in some}) < 2:
+                continue  # nothing to compare
+            best = min(compared(some, found["held_out"]), key=lambda r: r["judge"])
+            out.setdefault(family, []).append(
+                {"calls_a_token": budget / best["length"], "sampler": best["sampler"], "judge": round(best["judge"], 3)}
+            )
+    return out
+
+
+def write_up(found: dict[str, Any]) -> str:
+    """The page."""
+    best, parts = recommended(found), [HEAD, "## Measured\n"]
+    parts.append(
+        f"Text: {found['text']}. The judge is a {found['judge']} run of the same text, in bits/char; words are those "
+        "of the book; entropy and divergence (Jensen-Shannon) are of the trigrams of characters, in bits, beside as "
+        "much held-out text; seconds are of the processor, a text, on one busy core. `auto` is the sampler of lowest "
+        f"judged bits/char among those whose entropy is at least {MATCHED:.0%} of that of held-out text (all, if none "
+        "is), at temperature 1: **bold**. `python benchmarks/samplers.py RUN ... --judge RUN` measures this, and goes "
+        "on where it was stopped; what is not in a table has not been measured.\n\n"
+        "![quality against calls](samplers.svg)\n"
+    )
+    for run in dict.fromkeys(r["run"] for r in found["rows"]):
+        rows = [r for r in found["rows"] if r["run"] == run]
+        length, likes = rows[0]["length"], found["likelihoods"].get(run, {})
+        real = found["held_out"][str(length)]
+        parts.append(
+            f"### `{rows[0]['family']}`, windows of {length}\n\nHeld-out text itself: {real['valid_words']:.1%} of the "
+            f"words, {real['judge']:.2f} judged bits/char, entropy {real['entropy']:.2f}, divergence "
+            f"{real['divergence']:.3f}.\n\n| calls | sampler | grid | texts | words that occur | judge | entropy | "
+            "divergence | seconds | bits/char at so many calls |\n|---|---|---|---|---|---|---|---|---|---|"
+        )
+        lines = []
+        for r in sorted(rows, key=lambda r: (r["calls"], r["judge"])):
+            like = likes.get(f"{r['sampler']} {r['grid']} {r['calls']}")
+            bound = "-" if like is None else f"{'<= ' if like[2] == 'upper' else ''}{like[0]:.3f} +- {like[1]:.3f}"
+            auto = [b["sampler"] for b in best.get(r["family"], []) if b["calls_a_token"] == r["calls"] / length]
+            name = f"`{r['sampler']}`"
+            name = f"**{name}**" if r["sampler"] in auto and r["grid"] == rows[0]["grid"] else name
+            lines.append(
+                f"| {r['made']} | {name} | {r['grid']} | {r['texts']} | {r['valid_words']:.1%} +- "
+                f"{r['valid_words_error']:.1%} | {r['judge']:.2f} +- {r['judge_error']:.2f} | {r['entropy']:.2f} | "
+                f"{r['divergence']:.3f} | {r['seconds']:.2f} | {bound} |"
+            )
+        parts[-1] += "\n" + "\n".join(lines) + "\n"
+    return "\n".join(parts)
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Judged bits/char and words that occur, against calls and against seconds, for every run."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "textdiffusion"
+    from matplotlib import pyplot
+
+    runs = list(dict.fromkeys(r["run"] for r in found["rows"]))
+    figure, axes = pyplot.subplots(len(runs), 3, figsize=(13, 3.4 * len(runs)), squeeze=False)
+    for row, run in zip(axes, runs):
+        rows = [r for r in found["rows"] if r["run"] == run]
+        own = rows[0]["grid"]
+        for name in dict.fromkeys(r["sampler"] for r in rows):
+            some = sorted((r for r in rows if r["sampler"] == name and r["grid"] == own), key=lambda r: r["calls"])
+            for axis, x, y in zip(row, ("made", "made", "seconds"), ("judge", "valid_words", "judge")):
+                axis.plot([r[x] for r in some], [r[y] for r in some], marker="o", markersize=3, label=name)
+        for axis, x, y in zip(
+            row, ("calls", "calls", "seconds a text"), ("judged bits/char", "words", "judged bits/char")
+        ):
+            axis.set(xlabel=x, ylabel=y, title=rows[0]["family"])
+            axis.set_xscale("log", base=2 if x == "calls" else 10)
+        row[0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def write_page(summary: Path, root: Path) -> None:
+    """All three, from the file of what was measured."""
+    found = json.loads(summary.read_text(encoding="utf-8"))
+    assert all(math.isfinite(r["judge"]) for r in found["rows"])
+    (root / "docs" / "samplers.md").write_text(write_up(found), encoding="utf-8")
+    body = {
+        "criterion": "lowest judged bits/char at matched entropy; docs/samplers.md",
+        "recommended": recommended(found),
+    }
+    table = root / "src" / "textdiffusion" / "recommended.json"
+    table.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    plot(found, root / "docs" / "samplers.svg")

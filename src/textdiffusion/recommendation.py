@@ -1,0 +1,37 @@
+"""Which sampler "auto" means: the one that was measured to write best at about so many calls a token.
+
+The measurements are those of benchmarks/samplers.py, kept beside this file; docs/samplers.md shows them, and says by
+which criterion they were compared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+FILE = Path(__file__).with_name("recommended.json")
+
+
+@cache
+def _table() -> dict[str, list[tuple[float, str]]]:
+    if not FILE.exists():
+        return {}
+    rows = json.loads(FILE.read_text(encoding="utf-8"))["recommended"]
+    return {family: [(row["calls_a_token"], row["sampler"]) for row in found] for family, found in rows.items()}
+
+
+def recommend(family: str, calls_a_token: float, able: Sequence[str]) -> str:
+    """The sampler for so many calls for each token that is to be written.
+
+    Args:
+        able: the samplers that may be chosen, the family's default first; it is the answer where nothing was measured,
+            or what was found best is not among them.
+    """
+    rows = _table().get(family, [])
+    if not rows:
+        return able[0]
+    nearest = min(rows, key=lambda row: abs(math.log(row[0] / calls_a_token)))
+    return nearest[1] if nearest[1] in able else able[0]
