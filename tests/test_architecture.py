@@ -19,7 +19,8 @@ FLOORS = [
     {"families"},  # and every file in families/
     {"data", "settings", "training", "sampling", "constraints", "evaluation", "template"}
     | {"deterministic_order", "pacing", "recommendation"},
-    {"config", "run", "presets", "card", "fit", "model", "report", "catalogue", "verification", "watching"},
+    {"config", "run", "presets", "card", "fit", "model", "report", "catalogue", "verification"}
+    | {"frames", "plots", "replay", "watching"},  # and every file in replay/ and verification/
     {"doctor", "terminal", "demo", "flags", "cli", "ui", "__main__"},  # and every file in ui/
 ]
 
@@ -36,7 +37,7 @@ def rooms() -> dict[str, ast.Module]:
 def floor(room: str) -> int:
     if room.startswith("families."):
         return 2
-    room = room.split(".")[0] if room.startswith(("verification.", "ui.")) else room
+    room = room.split(".")[0] if room.startswith(("replay.", "verification.", "ui.")) else room
     matches = [i for i, names in enumerate(FLOORS) if room in names]
     assert matches, f"{room} has no floor: say in tests/test_architecture.py where it belongs"
     return matches[0]

@@ -17,10 +17,11 @@ from rich.console import Console
 import textdiffusion as td
 from textdiffusion.families.uniform import Uniform, UniformConfig
 from textdiffusion.fit import Started, Stepped, Stopped, Validated
+from textdiffusion.frames import BLANK, TextFrame
 from textdiffusion.report import report
 from textdiffusion.sampling import Frame, sample
 from textdiffusion.terminal import TrainingView, clock
-from textdiffusion.watching import BLANK, TextFrame, painted, watch
+from textdiffusion.watching import painted, watch
 from textdiffusion.worlds import copy
 
 ROOT = Path(__file__).parents[1]

@@ -9,9 +9,8 @@ import time
 import pytest
 
 from small_runs import small_run
-from textdiffusion.ui.canvas import row_html
-from textdiffusion.ui.recording import cells
-from textdiffusion.watching import BLANK
+from textdiffusion.frames import BLANK
+from textdiffusion.replay.canvas import row_html
 
 pytestmark = pytest.mark.slow
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -36,16 +35,18 @@ def browser():
 @pytest.fixture(scope="module")
 def served(browser, tmp_path_factory):
     """(page, address): three small runs, served by this process."""
+    from textdiffusion.ui.door import Door
     from textdiffusion.ui.page import Page
-    from textdiffusion.ui.serving import launch
+    from textdiffusion.ui.serving import mounted
 
     folder = tmp_path_factory.mktemp("runs")
     kinds = {"masked": "char", "block": "char", "uniform": "byte"}
     runs = [small_run(folder / family, family, 48, tokenizer) for family, tokenizer in kinds.items()]
     page = Page(runs)
-    app = page.build()
-    yield page, launch(app, None, None, False)
-    app.close(verbose=False)
+    door = Door(None, None)
+    door.hand_over(mounted(page.build()))
+    yield page, door.address
+    door.close()
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_write_infill_scrub_and_download(visit, served, browser, tmp_path):
           parsed.innerHTML = row;
           return parsed.innerHTML;
         })""",
-        [row_html(cells(last, row)) for row in range(2)],
+        [row_html(last.cells[row]) for row in range(2)],
     )
     assert drawn == parsed
     # The scrubber, by keyboard alone.
@@ -169,6 +170,7 @@ def test_leaving_stops_too(visit, served):
 def begin_long_job(tab) -> None:
     """Two texts of 1,024 tokens, one call a token."""
     choose(tab, "Run", "block")
+    tab.wait_for_function("""() => document.querySelector("#td-about").innerText.startsWith("block")""")
     tab.get_by_label("number input for Length").locator("visible=true").fill("1024")
     tab.keyboard.press("Tab")
     tab.wait_for_function("""() => document.querySelector("#td-count").innerText.includes("1024 tokens to write")""")

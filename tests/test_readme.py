@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from pathlib import Path
 
@@ -41,8 +42,14 @@ def serves(command: str, folder: Path, environment: dict[str, str]) -> None:
     try:
         line = server.stdout.readline()
         assert "http://127.0.0.1:" in line, (line, server.poll())
-        with urllib.request.urlopen(line.split()[4]) as answer:
-            assert b"textdiffusion" in answer.read()
+        for _ in range(1000):  # until the page itself has taken over from the one that says what is being loaded
+            with urllib.request.urlopen(line.split()[4]) as answer:
+                page = answer.read()
+            assert b"textdiffusion" in page
+            if b"gradio" in page:
+                break
+            time.sleep(0.25)
+        assert b"gradio" in page
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 0
     finally:

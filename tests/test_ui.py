@@ -6,7 +6,11 @@ import importlib.util
 import itertools
 import json
 import re
+import subprocess
+import sys
 import threading
+import time
+import urllib.request
 from dataclasses import replace
 
 import numpy as np
@@ -17,15 +21,16 @@ import textdiffusion as td
 from small_runs import small_run
 from textdiffusion.cli import main
 from textdiffusion.errors import UserError
+from textdiffusion.frames import BLANK, TextFrame, degree, revises, visible
 from textdiffusion.process import as_network
+from textdiffusion.replay.canvas import canvas, error, head, legend, player, replay_page, row_html, style
+from textdiffusion.replay.recording import Panel, Recording, difference, replayed
 from textdiffusion.sampling import Frame
 from textdiffusion.ui import acts, inside
 from textdiffusion.ui.acts import Wish, calls_of, chosen_words, marked
-from textdiffusion.ui.canvas import canvas, error, head, legend, player, replay_page, row_html, style
+from textdiffusion.ui.door import READY, Door
 from textdiffusion.ui.loaded import MOST_TEXTS, Loaded, load_runs
-from textdiffusion.ui.recording import Panel, Recording, cells, degree, difference, replayed, visible
 from textdiffusion.ui.streaming import LONGEST, OVERHEAD, Jobs, Pace, in_words, show, told
-from textdiffusion.watching import BLANK, TextFrame
 
 FAMILIES = ("masked", "uniform", "block", "autoregressive")
 
@@ -65,22 +70,17 @@ def test_every_state_of_a_character_has_its_code(runs):
     a = tokenizer.encode("a")[0]
     # Nothing there, a symbol of the noise, given, and three degrees of confidence.
     frame = frame_of(tokenizer, [-1, a, a, a, a, a], [0, 0, 1, 0.1, 0.5, 0.9], [0, 0, 1, 0, 0, 0], 0.5)
-    assert cells(frame, 0) == [("n", BLANK), ("n", "a"), ("g", "a"), ("c0", "a"), ("c1", "a"), ("c2", "a")]
-    assert [code for code, _ in cells(frame, 0, True)] == ["n", "n", "g", "t0", "t1", "t2"]
-    last = replace(frame, frame=replace(frame.frame, t=0.0))
-    assert [code for code, _ in cells(last, 0, True)] == [
-        "n",
-        "n",
-        "g",
-        "c0",
-        "c1",
-        "c2",
-    ]  # nothing changes after t = 0
+    assert frame.cells == [[("n", BLANK), ("n", "a"), ("g", "a"), ("c0", "a"), ("c1", "a"), ("c2", "a")]]
+    codes = lambda frame: [code for code, _ in frame.cells[0]]  # noqa: E731
+    revised = replace(frame, tentative=True)
+    assert codes(revised) == ["n", "n", "g", "t0", "t1", "t2"]
+    last = replace(revised, frame=replace(frame.frame, t=0.0))
+    assert codes(last) == ["n", "n", "g", "c0", "c1", "c2"]  # nothing changes after t = 0
     assert [degree(p) for p in (0, 0.2499, 0.25, 0.5999, 0.6, 1)] == [0, 0, 1, 1, 2, 2]
 
 
 def test_only_noise_that_replaces_leaves_tokens_tentative(runs):
-    assert {family: run.revises for family, run in runs.items()} == {
+    assert {family: revises(run.model.process) for family, run in runs.items()} == {
         "masked": False, "uniform": True, "block": False, "autoregressive": False,
     }  # fmt: skip
 
@@ -94,6 +94,23 @@ def test_a_row_of_html_says_what_the_cells_say():
     assert visible("日本\té🙂\u00a0\n") == "日本\té🙂\u00a0⏎\n"
 
 
+def test_characters_of_several_bytes_and_marks_come_out_whole():
+    from textdiffusion.tokenizer import build
+
+    tokenizer = build("byte", ["abc"])
+    ids = tokenizer.encode("é日b")
+    row = lambda tokens: frame_of(tokenizer, tokens, [0.9] * len(tokens), [0] * len(tokens), 0.0).cells[0]  # noqa: E731
+    assert [text for _, text in row(ids)] == ["é", "", "日", "", "", "b"]
+    # A byte is missing: nothing is made up.
+    assert [text for _, text in row([ids[0], -1, *ids[2:4], ids[5]])] == ["\\xc3", BLANK, "\\xe6", "\\x97", "b"]
+    assert [text for _, text in row([tokenizer.end_of_text, ids[5]])] == [tokenizer.end_token, "b"]
+    # A combining mark never stands on what is not written yet.
+    letters = build("char", ["e\u0301"])
+    e, accent = letters.encode("e\u0301")
+    shown = frame_of(letters, [-1, accent, e, accent], [0, 0.9, 0.9, 0.9], [0] * 4, 0.5).cells[0]
+    assert [text for _, text in shown] == [BLANK, "◌\u0301", "e", "\u0301"]
+
+
 def test_differences_are_marked_in_the_new_text():
     row = difference("It wes a dey", "It was a day!")
     assert "".join(text for _, text in row) == "It was a day!"
@@ -104,11 +121,11 @@ def test_differences_are_marked_in_the_new_text():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_recording_gives_every_frame_back(runs, family):
     run = runs[family]
-    panel, seen = Panel("p", run.revises), []
+    panel, seen = Panel("p"), []
     stop = {"stop": True} if run.stops else {}
     for frame in run.model.stream(3, prompt="It", calls=8, seed=3, **stop):
         panel.add(frame, 0.01)
-        seen.append([cells(frame, row, run.revises) for row in range(3)])
+        seen.append(frame.cells)
     body = json.loads(Recording([panel]).to_json())["panels"][0]
     again = replayed(body["steps"])
     assert [[[tuple(cell) for cell in row] for row in rows] for rows in again] == seen
@@ -488,13 +505,13 @@ def test_the_app_answers_over_the_wire(runs):
     from gradio_client import Client
 
     from textdiffusion.ui.page import Page
-    from textdiffusion.ui.serving import launch
+    from textdiffusion.ui.serving import mounted
 
-    app = Page([runs["masked"], runs["block"], runs["uniform"]]).build()
-    address = launch(app, None, None, False)
+    door = Door(None, None)
+    door.hand_over(mounted(Page([runs["masked"], runs["block"], runs["uniform"]]).build()))
     try:
-        assert address.startswith("http://127.0.0.1:")
-        client = Client(address, verbose=False, analytics_enabled=False)
+        assert door.address.startswith("http://127.0.0.1:")
+        client = Client(door.address, verbose=False, analytics_enabled=False)
         common = ["random", "one a token", 1, 1, 3]
         job = client.submit("masked", "It was a ____ day", 24, 2, *common, False, api_name="/write")
         pages = [page for page in job]  # noqa: C416
@@ -510,8 +527,57 @@ def test_the_app_answers_over_the_wire(runs):
         ):
             answer = client.submit(*arguments, api_name=name)
             assert reason in said(answer.result()), name
+        # Out of a slider's bounds, typed or sent: a sentence, not a fault.
+        answer = client.submit("masked", "", 5000, 99, *common, False, api_name="/write")
+        assert "1 to 8 texts" in said(answer.result())
     finally:
-        app.close(verbose=False)
+        door.close()
+
+
+def test_the_door_is_open_before_the_page_is_there_and_turns_nobody_away():
+    pytest.importorskip("uvicorn")
+    door = Door(None, None)
+    try:
+        door.doing = "loading torch"
+        with urllib.request.urlopen(door.address) as answer:
+            page = answer.read().decode()
+        assert "textdiffusion" in page and READY in page and "://" not in page  # nothing from elsewhere
+        with urllib.request.urlopen(door.address + READY[1:]) as answer:
+            assert json.loads(answer.read()) == {"ready": False, "doing": "loading torch"}
+        with pytest.raises(UserError, match=f"127.0.0.1:{door.port}.*--port"):
+            Door(None, door.port)
+
+        async def app(scope, receive, send):
+            if scope["type"] == "http":
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+                await send({"type": "http.response.body", "body": b"the page itself"})
+
+        answers, end = [], threading.Event()
+
+        def visitor():
+            while not end.is_set():
+                with urllib.request.urlopen(door.address) as answer:  # raises if it is turned away
+                    answers.append(answer.read())
+
+        visiting = threading.Thread(target=visitor)
+        visiting.start()
+        door.hand_over(app)
+        with urllib.request.urlopen(door.address + READY[1:]) as answer:
+            assert json.loads(answer.read()) == {"ready": True}
+        time.sleep(0.2)
+        end.set()
+        visiting.join(30)
+        assert answers[-1] == b"the page itself" and b"<html" in answers[0]
+        assert set(answers) == {answers[0], answers[-1]}
+    finally:
+        door.close()
+
+
+def test_the_door_needs_neither_torch_nor_gradio():
+    code = "import sys, textdiffusion.ui.serving, textdiffusion.ui.door as d; d.waiting_page(); "
+    code += "sys.exit(', '.join({'torch', 'gradio', 'pandas', 'numpy'} & set(sys.modules)) or 0)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_without_gradio_one_line_says_how_to_install_it(monkeypatch, capsys):

@@ -15,9 +15,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Model", "UserError", "load", "train"]
+__all__ = ["SHIPPED", "Model", "UserError", "load", "train"]
 
 if TYPE_CHECKING:
+    from textdiffusion.config import SHIPPED
     from textdiffusion.errors import UserError
     from textdiffusion.model import Model, load, train
 
@@ -27,6 +28,10 @@ def __getattr__(name: str) -> Any:
         from textdiffusion import model
 
         return getattr(model, name)
+    if name == "SHIPPED":
+        from textdiffusion.config import SHIPPED
+
+        return SHIPPED
     if name == "UserError":
         from textdiffusion.errors import UserError
 

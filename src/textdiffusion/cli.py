@@ -8,13 +8,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textdiffusion.errors import UserError
 from textdiffusion.flags import parser_of
-from textdiffusion.settings import check_device, check_grid, check_writing
+from textdiffusion.settings import check_device, check_grid, check_replay, check_writing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,7 +132,23 @@ def _report(args: argparse.Namespace, stopped: Stopped) -> int:
         print(json.dumps(body | {"finished": stopped.signal is None}))
     elif stopped.signal is None:
         print(f"trained {stopped.run}; see it write: textdiffusion sample {stopped.run} --watch")
+    _plot(stopped.run, lambda plots: plots.save_training(stopped.run), args.json)
     return 0 if stopped.signal is None else 128 + stopped.signal
+
+
+def _plot(run: Path, save: Callable[[Any], Path | None], quiet: bool) -> None:
+    """Leave a plot in a run's folder, and say so; a run that cannot be written to is left as it is."""
+    from textdiffusion import plots
+    from textdiffusion.config import SHIPPED
+
+    if not plots.can_plot():
+        saved: object = plots.MISSING
+    elif run == SHIPPED or not os.access(run, os.W_OK):
+        return
+    else:
+        saved = save(plots)
+    if saved is not None and not quiet:
+        print(f"plot: {saved}" if isinstance(saved, Path) else saved, file=sys.stderr)
 
 
 def _dry_run(args: argparse.Namespace, config: RunConfig) -> int:
@@ -156,10 +172,12 @@ def _dry_run(args: argparse.Namespace, config: RunConfig) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
-    if args.watch and args.reproducible:
-        raise UserError("--watch shows one batch as it is; leave out --reproducible, or --watch")
+    if args.reproducible and (args.watch or args.save_replay is not None):
+        one = "--watch" if args.watch else "--save-replay"
+        raise UserError(f"{one} shows one batch as it is; leave out --reproducible, or {one}")
     check_writing(args.n, args.length, args.calls, args.temperature, args.top_p, args.prompt, args.infill, args.top_k)
     check_grid(args.grid)
+    check_replay(args.save_replay, args.n)
     if args.proofread is not None:
         kept = ("--proofread", "--strength", "--calls", "--json", "--device", "--precision")
         _only(args, kept, "--proofread mends the text that it is given")
@@ -175,9 +193,16 @@ def _sample(args: argparse.Namespace) -> int:
     held = ("regex", "must_contain", "words", "acrostic", "particles")
     how = {name: getattr(args, name) for name in (*written, *held)}
     if args.watch and not args.json:
-        model.watch(args.n, args.length, args.calls, **how)
+        model.watch(args.n, args.length, args.calls, save_replay=args.save_replay, **how)
         return 0
-    texts, calls = model.sample_counted(args.n, args.length, args.calls, reproducible=args.reproducible, **how)
+    if args.save_replay is not None:
+        from textdiffusion.replay.canvas import save_replay
+
+        recording = model.record(args.n, args.length, args.calls, **how)
+        save_replay(recording, args.save_replay)
+        texts, calls = recording.panels[0].texts, recording.panels[0].steps[-1]["calls"]
+    else:
+        texts, calls = model.sample_counted(args.n, args.length, args.calls, reproducible=args.reproducible, **how)
     if args.json:
         used = model.used  # what "auto" came to
         print(json.dumps({"samples": [{"text": t, "calls": c} for t, c in zip(texts, calls)], "calls": max(calls),
@@ -190,9 +215,11 @@ def _sample(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> Path:
     """The run that is meant, if there is one whose config can be read."""
-    from textdiffusion.config import newest_run, read_config
+    from textdiffusion.config import SHIPPED, SHIPPED_INSTEAD, read_config, run_to_use
 
-    path: Path = args.run or newest_run()
+    path: Path = args.run or run_to_use()
+    if args.run is None and path == SHIPPED:
+        print(f"textdiffusion: {SHIPPED_INSTEAD}; train one with `textdiffusion train`", file=sys.stderr)
     read_config(path)
     return path
 
@@ -241,9 +268,11 @@ def _eval(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if args.json:
         print(json.dumps(result.as_dict()))
-        return 0
-    for line in result.lines():
-        print(line)
+    else:
+        for line in result.lines():
+            print(line)
+    if calls:
+        _plot(path, lambda plots: plots.save_calls(result.as_dict(), path), args.json)
     return 0
 
 

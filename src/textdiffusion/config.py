@@ -18,6 +18,8 @@ from textdiffusion.networks.shape import TransformerConfig
 from textdiffusion.settings import TrainingConfig, with_fields
 
 RUNS = Path("runs")
+SHIPPED = Path(__file__).parent / "shipped"  # a small run that comes with the package (examples/shipped_run.py)
+SHIPPED_INSTEAD = "there is no run under runs/: this is the small one that comes with the package"
 
 
 @dataclass
@@ -152,3 +154,11 @@ def newest_run(root: Path = RUNS) -> Path:
     if not found:
         raise UserError(f"there is no run under {root}/; train one with `textdiffusion train`, or name a run directory")
     return found[-1].parent
+
+
+def run_to_use(root: Path = RUNS) -> Path:
+    """The newest run under ``root``; where there is none, the small one that comes with the package (SHIPPED)."""
+    try:
+        return newest_run(root)
+    except UserError:
+        return SHIPPED

@@ -66,7 +66,13 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("--dry-run", action="store_true", help="say what would be trained, and train nothing")
 
     p = verb("sample", "write text")
-    p.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run directory (default: the newest under runs/)")
+    p.add_argument(
+        "run",
+        nargs="?",
+        type=Path,
+        metavar="RUN",
+        help="run directory (default: the newest under runs/, or one that comes with the package)",
+    )
     p.add_argument("-n", type=int, default=4, help="texts (default: 4)")
     p.add_argument("--length", type=int, help="tokens (default: the training window)")
     p.add_argument("--calls", type=int, metavar="T", help="network calls a text (default: one a token, the best)")
@@ -89,13 +95,21 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("--strength", type=float, default=0.05, help="share of wrong tokens to expect (default: 0.05)")
     p.add_argument("--stop", action="store_true", help="end a text where a document ends (families from left to right)")
     p.add_argument("--watch", action="store_true", help="show the denoising")
+    p.add_argument("--save-replay", type=Path, metavar="FILE",
+                   help="keep the denoising as one .html file that plays it, without a network")  # fmt: skip
     p.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
                    help="of the network (default: auto, what this machine multiplies faster)")  # fmt: skip
     p.add_argument("--reproducible", action="store_true",
                    help="the same texts bit for bit whatever -n: fp32, in batches of eight")  # fmt: skip
 
     p = verb("eval", "measure bits per character of held-out text")
-    p.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run directory (default: the newest under runs/)")
+    p.add_argument(
+        "run",
+        nargs="?",
+        type=Path,
+        metavar="RUN",
+        help="run directory (default: the newest under runs/, or one that comes with the package)",
+    )
     p.add_argument("--data", metavar="PATH", help="other text, all of it held out (default: the run's held-out part)")
     p.add_argument(
         "--split", choices=["validation", "test"], default="validation", help="held-out part of the run's text"
@@ -119,7 +133,11 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
 
     p = verb("ui", "serve a page: write, edit, compare, look inside (needs the extra ui)", False)
     p.add_argument(
-        "runs", nargs="*", type=Path, metavar="RUN", help="run directories (default: the newest under runs/)"
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="run directories (default: the newest under runs/, or one that comes with the package)",
     )
     p.add_argument("--port", type=int, help="(default: the first free one from 7860)")
     p.add_argument("--server-name", metavar="HOST", help="address to listen at (default: 127.0.0.1, this machine only)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -13,13 +14,14 @@ import numpy as np
 import torch
 
 from textdiffusion.automaton import Automaton
-from textdiffusion.config import RunConfig, new_run_path, newest_run, read_config
+from textdiffusion.config import SHIPPED, SHIPPED_INSTEAD, RunConfig, new_run_path, newest_run, read_config, run_to_use
 from textdiffusion.constraints import Hold, refusal
 from textdiffusion.drafts import HasDraft
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import evaluate
 from textdiffusion.families import family, names
 from textdiffusion.fit import Stopped, fit
+from textdiffusion.frames import TextFrame, revises
 from textdiffusion.grids import Grid
 from textdiffusion.networks.network import TextNetwork
 from textdiffusion.noise import Noise
@@ -28,13 +30,15 @@ from textdiffusion.patterns import Pattern, read_words
 from textdiffusion.presets import configure
 from textdiffusion.process import Process, State
 from textdiffusion.recommendation import recommend
+from textdiffusion.replay.canvas import save_replay as write_replay
+from textdiffusion.replay.recording import Panel, Recording, recorded
 from textdiffusion.run import Run
 from textdiffusion.sampling import sample
-from textdiffusion.settings import LONGEST, Precision, check_device, check_writing
+from textdiffusion.settings import LONGEST, Precision, check_device, check_replay, check_writing
 from textdiffusion.template import Template, encode, gaps, prompt
 from textdiffusion.tokenizer import Tokenizer
 from textdiffusion.training import fastest_precision, tune_allocator
-from textdiffusion.watching import TextFrame, watch
+from textdiffusion.watching import watch
 
 BATCH = 32  # texts denoised together
 FIXED_BATCH = 8  # the same, where shapes must not depend on how many texts are asked for
@@ -222,12 +226,13 @@ class Model:
         chosen = self.grid(grid)
         self.used = (sampler, chosen.name)
         known = torch.zeros(n, length, dtype=torch.bool) if given is None else given.cpu()
+        tentative = revises(self.process)
         for frame in sample(
             self.writer.on(chosen), noise, length, calls, sampler=sampler, tokens=tokens, given=given,
             temperature=temperature, top_p=top_p, top_k=top_k, hold=hold,
             until=self.tokenizer.end_of_text if stop else None,
         ):  # fmt: skip
-            yield TextFrame(frame, known, self.tokenizer, stop)
+            yield TextFrame(frame, known, self.tokenizer, stop, tentative)
 
     def sample(self, n: int = 4, length: int | None = None, calls: int | None = None, **how: Any) -> list[str]:
         """Write n texts; arguments as in `stream`."""
@@ -314,9 +319,36 @@ class Model:
             state = replace(state, x=mended)
         return state.x[0].cpu().numpy()
 
-    def watch(self, n: int = 1, length: int | None = None, calls: int | None = None, **how: Any) -> list[str]:
-        """Show the denoising live, in a terminal or a notebook, or as plain lines over a pipe; returns the texts."""
-        return watch(self.stream(n, length, calls, **how))
+    def watch(
+        self, n: int = 1, length: int | None = None, calls: int | None = None, *, save_replay: str | Path | None = None,
+        **how: Any,
+    ) -> list[str]:  # fmt: skip
+        """Show the denoising live, in a terminal or a notebook, or as plain lines over a pipe; returns the texts.
+
+        Args:
+            save_replay: an .html file that plays it again, in any browser and without a network.
+        Raises:
+            UserError: as in `stream`, or a file that cannot hold a replay.
+        """
+        check_replay(save_replay, n)
+        recording = self._recording(n, length, calls, how)
+        texts = watch(self.stream(n, length, calls, **how), panel=recording.panels[0])
+        if save_replay is not None:
+            write_replay(recording, Path(save_replay))
+        return texts
+
+    def record(self, n: int = 1, length: int | None = None, calls: int | None = None, **how: Any) -> Recording:
+        """Write n texts and keep all that happened; arguments as in `stream`."""
+        recording = self._recording(n, length, calls, how)
+        for _ in recorded(self.stream(n, length, calls, **how), recording.panels[0]):
+            pass
+        return recording
+
+    def _recording(self, n: int, length: int | None, calls: int | None, how: dict[str, Any]) -> Recording:
+        sampler = how.get("sampler")
+        name = next(iter(self.process.steps)) if sampler in (None, "auto") else sampler
+        asked = {"n": n, "length": length, "calls": calls} | {k: v for k, v in how.items() if v not in (None, ())}
+        return Recording([Panel(f"{self.config.family} · {name}")], {k: str(v) for k, v in asked.items()})
 
     def score(self, text: str, draws: int = 64, seed: int = 0) -> float:
         """Bits per character of a text: exact or an upper bound in expectation, as the family's likelihood is.
@@ -351,7 +383,8 @@ def pick_device(device: str) -> str:
 
 
 def load(path: str | Path | None = None, device: str = "auto", precision: Precision = "auto") -> Model:
-    """Load a run directory; None takes the newest under runs/.
+    """Load a run directory; None takes the newest under runs/, or warns that it takes the one that comes with the
+    package where there is none (`textdiffusion.SHIPPED`).
 
     Args:
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
@@ -360,7 +393,9 @@ def load(path: str | Path | None = None, device: str = "auto", precision: Precis
         UserError: there is no run, or it is damaged.
     """
     device = pick_device(device)
-    run = Run.open(Path(path) if path is not None else newest_run())
+    if path is None and (path := run_to_use()) == SHIPPED:
+        warnings.warn(SHIPPED_INSTEAD, stacklevel=2)
+    run = Run.open(Path(path))
     return Model(run.load(device), run.tokenizer, run.config, device, precision)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -12,6 +13,7 @@ from textdiffusion.errors import UserError
 from textdiffusion.grids import GRIDS
 
 LONGEST = 1_000_000  # tokens, texts or calls; more is a slip of the finger
+MOST_REPLAYED = 32  # texts in a replay
 Precision = Literal["auto", "bf16", "fp32"]
 
 
@@ -106,6 +108,23 @@ def check_writing(
         raise UserError(f"--top-p must be above 0 and at most 1, not {top_p:g}")
     if prompt is not None and infill is not None:
         raise UserError("give --prompt or --infill, not both: a template can begin with the prompt")
+
+
+def check_replay(path: str | Path | None, n: int) -> None:
+    """Refuse a file that a replay of n texts cannot be written to.
+
+    Raises:
+        UserError: naming what would do.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--save-replay writes a web page: give a file that ends in .html, not {path}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written: choose a file in a folder that is there")
+    if n > MOST_REPLAYED:
+        raise UserError(f"a replay shows at most {MOST_REPLAYED} texts, not {n:,}; ask for fewer with -n")
 
 
 def with_fields(cls: type, values: Mapping[str, Any], where: str) -> Any:

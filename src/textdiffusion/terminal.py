@@ -12,7 +12,7 @@ from rich.text import Text
 
 from textdiffusion.config import RunConfig
 from textdiffusion.fit import Event, Started, Stepped, Stopped, Validated, fit
-from textdiffusion.watching import one_line
+from textdiffusion.frames import one_line
 
 PLAIN_EVERY = 10.0  # seconds between two progress lines over a pipe
 

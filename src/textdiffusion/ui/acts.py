@@ -11,9 +11,9 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from textdiffusion.errors import UserError
-from textdiffusion.ui.canvas import player
+from textdiffusion.replay.canvas import player
+from textdiffusion.replay.recording import Panel, Recording, difference
 from textdiffusion.ui.loaded import MOST_TEXTS, MOST_TOKENS, Loaded
-from textdiffusion.ui.recording import Panel, Recording, difference
 from textdiffusion.ui.streaming import show
 
 EVERY_TOKEN = "one a token"
@@ -95,7 +95,7 @@ def compare(columns: Sequence[tuple[Loaded, str]], wish: Wish, stop: threading.E
     for run, sampler in columns:
         wish.check(run)
         sampler = run.samplers[0] if sampler == "auto" else sampler
-        panels.append(Panel(f"{run.name} · {sampler}", run.revises))
+        panels.append(Panel(f"{run.name} · {sampler}"))
         streams.append(run.model.stream(**wish.how(run) | {"sampler": sampler}))
     if len({panel.title for panel in panels}) < len(panels):
         raise UserError("the same run and sampler is chosen twice; choose different ones")
@@ -153,7 +153,7 @@ def rewrite(run: Loaded, parts: Sequence[tuple[str, bool]], wish: Wish, stop: th
     wish = Wish(**asdict(wish) | {"text": template, "stop": False})
     wish.check(run)
     sampler = run.samplers[0] if wish.sampler == "auto" else wish.sampler
-    panel = Panel(f"{run.name} · {sampler}", run.revises)
+    panel = Panel(f"{run.name} · {sampler}")
     old = [piece for piece, chosen in parts if chosen]
 
     def finish(recording: Recording) -> str:

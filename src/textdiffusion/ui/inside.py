@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from textdiffusion.errors import UserError
+from textdiffusion.frames import Cell, based, degree, one_line, pieces_of, visible
 from textdiffusion.noise import Noise
 from textdiffusion.process import State
+from textdiffusion.replay.canvas import player
+from textdiffusion.replay.recording import Panel, Recording
 from textdiffusion.template import encode
-from textdiffusion.ui.canvas import player
 from textdiffusion.ui.loaded import Loaded
-from textdiffusion.ui.recording import Cell, Panel, Recording, degree, visible
-from textdiffusion.watching import BLANK, one_line
 
 TIMES = 33  # noise levels, 0 and 1 among them
 BARS = "▁▂▃▄▅▆▇█"
@@ -50,30 +50,27 @@ def forward(run: Loaded, text: str, seed: int = 0) -> Iterator[str]:
 
 def _moment(run: Loaded, tokens: torch.Tensor, t: float, seed: int, guesses: bool) -> tuple[list[list[Cell]], str]:
     """Rows and status at noise level t."""
-    model, names = run.model, run.model.tokenizer.pieces()
+    model = run.model
+    names, raw = model.tokenizer.pieces(), model.tokenizer.token_bytes()
     x_0 = tokens.to(model.device).unsqueeze(0)
     noise = Noise.of(seed, 1, device=model.device)
     state = model.process.q_sample(x_0, torch.tensor([t], dtype=torch.float64, device=model.device), noise)
     seen = model.process.decode(state)[0].tolist()
     changed = [a != b for a, b in zip(seen, tokens.tolist())]
-    shown = [("n" if new else "p", _piece(names, token)) for token, new in zip(seen, changed)]
+    pieces = [visible(one_line(piece)) for piece in pieces_of(seen, names, raw)]
+    shown = list(based(("n" if new else "p", piece) for piece, new in zip(pieces, changed)))
     status = f"noise {t:.2f} · {sum(changed) / len(changed):.0%} of the tokens changed"
     if not guesses:
         return [shown], status
     best, chance, bits = _predictions(run, state) if t > 0 else (tokens.tolist(), [1.0] * len(seen), [0.0] * len(seen))
     # A token that is known for certain stands there as it is.
-    guess = [
-        ("p" if p > 1 - 1e-6 else f"c{degree(p)}", _piece(names, token)) for token, p in zip(best, chance, strict=True)
-    ]
+    likeliest = [visible(one_line(piece)) for piece in pieces_of(best, names, raw)]
+    guess = [("p" if p > 1 - 1e-6 else f"c{degree(p)}", piece) for piece, p in zip(likeliest, chance, strict=True)]
     top = math.log2(model.tokenizer.vocabulary)
     bars = [("b", BARS[min(int(h / top * len(BARS)), len(BARS) - 1)] if h > 1e-3 else " ") for h in bits]
     unsure = [h for h in bits if h > 1e-3]
     mean = f" · {sum(unsure) / len(unsure):.2f} bits unsure of each it does not know" if unsure else ""
     return [shown, guess, bars], status + mean
-
-
-def _piece(names: list[str], token: int) -> str:
-    return BLANK if token < 0 else visible(one_line(names[token]))
 
 
 @torch.inference_mode()

@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 
 from textdiffusion.catalogue import listing
-from textdiffusion.config import newest_run
+from textdiffusion.config import run_to_use
 from textdiffusion.errors import UserError
 from textdiffusion.families import family, names
 from textdiffusion.model import Model, load
 from textdiffusion.template import Template, gaps, prompt
-from textdiffusion.ui.recording import revises
 
 MOST_TEXTS = 8
 MOST_TOKENS = 4096  # of all texts that are written at once
@@ -42,11 +41,6 @@ class Loaded:
     def longest(self) -> int:
         """Most tokens of a text on this page."""
         return self.model.window if self.model.bounded else max(self.model.window, LONGEST_TEXT)
-
-    @property
-    def revises(self) -> bool:
-        """Whether written tokens may still change while it writes."""
-        return revises(self.model.process)
 
     @property
     def takes_calls(self) -> bool:
@@ -164,12 +158,12 @@ class Loaded:
 
 
 def load_runs(paths: Sequence[Path], device: str) -> list[Loaded]:
-    """Load the runs that a page is to serve, the newest under runs/ if none is named.
+    """Load the runs that a page is to serve; if none is named, the newest under runs/ or what comes with the package.
 
     Raises:
         UserError: there is no run, it is damaged, or it is named twice.
     """
-    chosen = list(paths) or [newest_run()]
+    chosen = list(paths) or [run_to_use()]
     if twice := [path for path, times in Counter(p.resolve() for p in chosen).items() if times > 1]:
         raise UserError(f"{twice[0]} is named twice; name each run once")
     short = Counter(p.resolve().name for p in chosen)

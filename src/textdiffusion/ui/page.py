@@ -9,9 +9,9 @@ import gradio as gr
 import pandas as pd
 
 from textdiffusion.errors import UserError
+from textdiffusion.replay.canvas import hint
 from textdiffusion.ui import acts, inside
 from textdiffusion.ui.acts import EVERY_TOKEN, Wish
-from textdiffusion.ui.canvas import hint
 from textdiffusion.ui.loaded import MOST_TEXTS, Loaded
 from textdiffusion.ui.streaming import Jobs, told
 
@@ -38,6 +38,15 @@ document.addEventListener("click", (event) => {
   if (canvas && canvas.getBoundingClientRect().top > innerHeight - 160) canvas.scrollIntoView({ block: "center" });
 });
 </script>"""
+
+
+class Slider(gr.Slider):
+    """A slider whose bounds are for the eye: what is out of them is refused by the acts, in a sentence on the page."""
+
+    is_template = True  # the browser draws gradio's own
+
+    def preprocess(self, payload: float) -> float:
+        return payload
 
 
 class Page:
@@ -78,8 +87,8 @@ class Page:
         sampler = gr.Dropdown(**_samplers(run))
         calls = gr.Dropdown(**_calls(run))
         with gr.Row():
-            temperature = gr.Slider(0, 2, value=1, step=0.05, label="Temperature", info="1 is the model's own law")
-            top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p", info="1 keeps every token")
+            temperature = Slider(0, 2, value=1, step=0.05, label="Temperature", info="1 is the model's own law")
+            top_p = Slider(0.05, 1, value=1, step=0.05, label="Top-p", info="1 keeps every token")
         seed = gr.Number(0, label="Seed", precision=0, info="the same seed gives the same texts")
         return [sampler, calls, temperature, top_p, seed]
 
@@ -118,14 +127,14 @@ class Page:
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 chosen = self._choose_run()
-                about = gr.Markdown(run.describe())
+                about = gr.Markdown(run.describe(), elem_id="td-about")
                 text = gr.Textbox(label="Template", lines=3, max_lines=10, elem_id="td-template", **_template(run))
                 count = gr.Markdown(run.count("", run.model.window), elem_id="td-count")
                 example = gr.Dropdown(label="Examples", **_examples(run))
                 go, stop = self._buttons("Write")
                 with gr.Row():
-                    length = gr.Slider(**_length(run))
-                    n = gr.Slider(1, MOST_TEXTS, value=2, step=1, label="Texts")
+                    length = Slider(**_length(run))
+                    n = Slider(1, MOST_TEXTS, value=2, step=1, label="Texts")
                 with gr.Accordion("Sampler, temperature, seed", open=False):
                     sampling = self._sampling(run)
                     ends = gr.Checkbox(False, label="End where a document ends", visible=run.stops)
@@ -178,12 +187,12 @@ class Page:
                 mark = gr.Button("Mark the selection", size="sm", elem_id="td-mark")
                 go, stop = self._buttons("Rewrite")
                 how = gr.Radio(["what is marked", "words at random"], value="what is marked", label="Rewrite")
-                share = gr.Slider(0.05, 1, value=0.4, step=0.05, label="Strength: share of the text", visible=False)
-                n = gr.Slider(1, MOST_TEXTS, value=2, step=1, label="Versions")
+                share = Slider(0.05, 1, value=0.4, step=0.05, label="Strength: share of the text", visible=False)
+                n = Slider(1, MOST_TEXTS, value=2, step=1, label="Versions")
                 with gr.Accordion("Sampler, temperature, seed", open=False):
                     sampling = self._sampling(run)
                 with gr.Group(visible=not run.no_proofreading) as proof:
-                    wrong = gr.Slider(0.01, 0.5, value=0.05, step=0.01, label="Proofread",
+                    wrong = Slider(0.01, 0.5, value=0.05, step=0.01, label="Proofread",
                                       info="share of wrong tokens to expect")  # fmt: skip
                     mend = gr.Button("Proofread", elem_id="td-proofread")
             with gr.Column(scale=3, min_width=320):
@@ -235,8 +244,8 @@ class Page:
                 text = gr.Textbox(label="Template", lines=2, max_lines=8, placeholder="the same for all; may be empty")
                 go, stop = self._buttons("Compare")
                 with gr.Row():
-                    length = gr.Slider(**_length(min(self.runs.values(), key=lambda run: run.longest)))
-                    n = gr.Slider(1, MOST_COMPARED, value=2, step=1, label="Texts each")
+                    length = Slider(**_length(min(self.runs.values(), key=lambda run: run.longest)))
+                    n = Slider(1, MOST_COMPARED, value=2, step=1, label="Texts each")
                 calls = gr.Dropdown(CALLS, value=EVERY_TOKEN, allow_custom_value=True, label="Network calls a text")
                 seed = gr.Number(0, label="Seed", precision=0, info="the same for all")
             with gr.Column(scale=4, min_width=320):

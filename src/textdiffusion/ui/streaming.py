@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from textdiffusion.errors import UserError
-from textdiffusion.ui.canvas import canvas, error, player
-from textdiffusion.ui.recording import Recording
-from textdiffusion.watching import TextFrame
+from textdiffusion.frames import TextFrame
+from textdiffusion.replay.canvas import canvas, error, player
+from textdiffusion.replay.recording import Recording
 
 LONGEST = 120.0  # seconds of one visitor's sampling, so that the next one has a turn
 OVERHEAD = 0.2  # at most this share of the time goes into showing

@@ -1,71 +1,15 @@
-"""What a page shows of frames: each token's state and confidence, and all that happened, to be played again.
-
-A cell is one token on show, (code, text). The code is what is known of it:
-
-    n         noise: nothing is written yet, or a symbol that came with the noise
-    g         given by the user
-    c0 c1 c2  committed: it stays as it is; the model was unsure, likely or sure of it
-    t0 t1 t2  tentative: later steps may change it; in the same three degrees
-    e         mended: another token than in the user's text
-"""
+"""All that happened to some texts while they were written, so that it can be played again."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from functools import lru_cache
 from typing import Any
-from unicodedata import category
 
-from textdiffusion.process import Gaussian, Process
-from textdiffusion.watching import CONFIDENCE, NEWLINE, TextFrame
-
-Cell = tuple[str, str]
-LIMITS = [limit for limit, _ in CONFIDENCE]  # the same three degrees as in the terminal
-
-
-def revises(process: Process) -> bool:
-    """Whether a reverse step may change a token that is written already: where noise replaces tokens, and does not only
-    hide them, until t = 0."""
-    return isinstance(process.space, Gaussian) or process.time_of(0.05) is not None
-
-
-def degree(confidence: float) -> int:
-    """0 unsure, 1 likely, 2 sure, from a probability."""
-    return sum(confidence >= limit for limit in LIMITS[:-1])
-
-
-def cells(frame: TextFrame, row: int, tentative: bool = False) -> list[Cell]:
-    """One text of a frame as cells, one a token.
-
-    Args:
-        tentative: written tokens may still change; none does once t = 0.
-    """
-    pieces = frame.pieces[row]
-    tokens, confidence = frame.frame.tokens[row].tolist(), frame.frame.confidence[row].tolist()
-    given = frame.given[row].tolist()
-    letter = "t" if tentative and frame.frame.t > 0 else "c"
-    return [
-        (_code(token, known, chance, letter), visible(piece))
-        for piece, token, chance, known in zip(pieces, tokens, confidence, given)  # pieces end where the text does
-    ]
-
-
-def _code(token: int, given: bool, confidence: float, letter: str) -> str:
-    if given:
-        return "g"
-    return "n" if token < 0 or confidence == 0 else f"{letter}{degree(confidence)}"
-
-
-@lru_cache(maxsize=1 << 16)
-def visible(piece: str) -> str:
-    """A token's string with a sign for line ends, which stay, and for control characters, which do not."""
-    shown = piece.replace("\n", NEWLINE + "\n")
-    if shown.isprintable():
-        return shown
-    return "".join(c if category(c) != "Cc" or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in shown)
+from textdiffusion.frames import Cell, TextFrame, visible
 
 
 def difference(before: str, after: str) -> list[Cell]:
@@ -94,7 +38,6 @@ class Panel:
     """
 
     title: str
-    tentative: bool = False
     labels: list[str] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
@@ -108,8 +51,7 @@ class Panel:
         calls = int(at.calls.max())
         parts = [f"step {at.step} of {at.of}", f"noise {at.t:.2f}", f"{calls} call{'s' * (calls != 1)}"]
         status = " · ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in [*parts, f"{self.seconds:.2f} s"])
-        rows = [cells(frame, row, self.tentative) for row in range(len(at.tokens))]
-        self.put(rows, status, at.step / max(at.of, 1), {"step": at.step, "t": at.t, "calls": at.calls.tolist()})
+        self.put(frame.cells, status, at.step / max(at.of, 1), {"step": at.step, "t": at.t, "calls": at.calls.tolist()})
         self.texts = frame.texts
 
     def put(self, rows: list[list[Cell]], status: str, done: float, facts: dict[str, Any]) -> None:
@@ -143,6 +85,15 @@ class Recording:
 
     def to_json(self) -> str:
         return json.dumps(self.as_dict(), ensure_ascii=False, separators=(",", ":"))
+
+
+def recorded(frames: Iterable[TextFrame], panel: Panel) -> Iterator[TextFrame]:
+    """The same frames, each taken into ``panel`` with the seconds that making it took."""
+    begin = time.perf_counter()
+    for frame in frames:
+        panel.add(frame, time.perf_counter() - begin)
+        yield frame
+        begin = time.perf_counter()
 
 
 def replayed(steps: Iterable[dict[str, Any]]) -> list[list[list[Cell]]]:

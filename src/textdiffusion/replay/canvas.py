@@ -8,12 +8,15 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources import files
 from itertools import groupby
+from pathlib import Path
 
-from textdiffusion.ui.recording import Cell, Panel, Recording
-from textdiffusion.watching import BLANK
+from textdiffusion.frames import BLANK, Cell
+from textdiffusion.replay.recording import Panel, Recording
+from textdiffusion.run import write
 
 QUICK = 2.0  # seconds; what was written faster is played back over SLOWLY
 SLOWLY = 3.0
+REPLAYED = 6.0  # what a file of its own takes
 PLAYER = "<!--player-->"  # where a replay's player goes
 _STATES = {
     "n": ("noise", BLANK * 2),
@@ -78,24 +81,30 @@ def canvas(panels: Sequence[Panel], note: str = "") -> str:
     return f'<div class="td">{_body(panels, note)}</div>'
 
 
+def notebook(panels: Sequence[Panel]) -> str:
+    """The same for a notebook, which has no style of the page's."""
+    return f"<style>{style()}</style>{canvas(panels)}"
+
+
 def _body(panels: Sequence[Panel], note: str, codes: Iterable[str] = ()) -> str:
     now = {code for panel in panels for row in panel.now.rows for code, _ in row}
     said = f'<p class="td-note" role="status">{html.escape(note)}</p>' if note else ""
     return f'<div class="td-panels">{"".join(map(panel_html, panels))}</div>{legend({*now, *codes})}{said}'
 
 
-def player(recording: Recording, begin: float = 1.0, downloads: bool = True) -> str:
+def player(recording: Recording, begin: float = 1.0, downloads: bool = True, plays: float = 0.0) -> str:
     """The same in the end, with all that happened: a scrubber, and downloads.
 
     Args:
         begin: share of the steps at which the scrubber stands first.
         downloads: offer copy, text, JSON and replay.
+        plays: seconds in which it is played once, as soon as it is seen; 0: only what was written in less than QUICK.
     """
     codes = {
         cell[1] for p in recording.panels for step in p.steps for row in step["rows"] for cell in row[1:]
     }  # of every step
     seconds = max(panel.seconds for panel in recording.panels)
-    slowly = SLOWLY if begin == 1.0 and seconds < QUICK else 0.0
+    slowly = plays or (SLOWLY if begin == 1.0 and seconds < QUICK else 0.0)
     buttons = [("td-copy", "Copy"), ("td-save-text", "Text"), ("td-save-json", "JSON"), ("td-save-html", "Replay")]
     saves = "".join(
         f'<button type="button" class="{name}" title="{title}">{label}</button>'
@@ -136,6 +145,15 @@ def replay_page(body: str = PLAYER, title: str = "textdiffusion: a replay") -> s
         'matchMedia("(prefers-color-scheme: dark)").matches);\n'
         f"{script()}</script></body></html>\n"
     )
+
+
+def save_replay(recording: Recording, path: Path) -> None:
+    """Write a page of its own that plays a recording; a file of that name is replaced.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write(path, replay_page(player(recording, plays=REPLAYED), recording.panels[0].title))
 
 
 def head() -> str:
