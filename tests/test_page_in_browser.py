@@ -9,6 +9,7 @@ import time
 import pytest
 
 from small_runs import small_run
+from textdiffusion.families import names
 from textdiffusion.frames import BLANK
 from textdiffusion.replay.canvas import row_html
 
@@ -34,13 +35,13 @@ def browser():
 
 @pytest.fixture(scope="module")
 def served(browser, tmp_path_factory):
-    """(page, address): three small runs, served by this process."""
+    """(page, address): a small run of every family, served by this process."""
     from textdiffusion.ui.door import Door
     from textdiffusion.ui.page import Page
     from textdiffusion.ui.serving import mounted
 
     folder = tmp_path_factory.mktemp("runs")
-    kinds = {"masked": "char", "block": "char", "uniform": "byte"}
+    kinds = dict.fromkeys(["masked", *(name for name in names() if name != "masked")], "char") | {"uniform": "byte"}
     runs = [small_run(folder / family, family, 48, tokenizer) for family, tokenizer in kinds.items()]
     page = Page(runs)
     door = Door(None, None)
@@ -261,6 +262,27 @@ def test_markup_in_a_text_is_shown_as_it_is(visit):
     canvas.locator("input[type=range]").focus()
     tab.keyboard.press("Home")
     assert rows(canvas)[0] == odd and canvas.locator("img").count() == 0
+
+
+def test_every_family_writes_and_can_be_looked_into(visit, served):
+    tab = visit()
+    for name, run in served[0].runs.items():
+        tab.get_by_role("tab", name="Write").click()
+        if name != "masked":
+            choose(tab, "Run", name)
+        tab.wait_for_function(f"""() => document.querySelector("#td-about").innerText.startsWith("{name}:")""")
+        tab.fill("#td-template textarea", "It was ")
+        tab.click("#td-write")
+        shown = tab.locator("#td-write-canvas .td-player[data-ready] .td-title", has_text=f"{name} · ")
+        shown.wait_for()
+        written = rows(done(tab))
+        *_, last = run.model.stream(2, prompt="It was ", length=48)
+        assert written == [text.replace("\n", "⏎\n") for text in last.texts], name
+        tab.get_by_role("tab", name="Look inside").click()
+        if name != "masked":
+            choose(tab, "Run", name)
+        tab.click("#td-noise")
+        tab.locator("#td-inside-canvas .td-player[data-ready] .td-title", has_text=f"{name} · ").wait_for()
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -337,7 +337,7 @@ def test_comparing_has_the_same_draws_and_names_the_panels(runs):
     for panel, (run, sampler) in zip(body["panels"], columns):
         assert panel["texts"] == run.model.sample(1, infill="It ____ was", sampler=sampler, seed=4)
     with pytest.raises(UserError, match="twice"):
-        list(acts.compare([columns[0], columns[0]], Wish(), threading.Event()))
+        list(acts.compare([columns[0], columns[0]], Wish(length=24), threading.Event()))
 
 
 def test_marks_and_random_words_say_what_is_rewritten():
@@ -419,6 +419,7 @@ def test_a_run_says_what_it_can_do_and_why_not(runs):
     assert masked.takes_calls and uniform.takes_calls and block.takes_calls and not left_to_right.takes_calls
     assert masked.samplers[0] == "random" and "Window of 24" in masked.describe()
     assert any("____" in text for text in masked.examples()) and not any("____" in text for text in block.examples())
+    assert "1 to 24 tokens" in masked.count("", 25) and "1 to 1,024 tokens" in block.count("abc", 10**12)
     assert masked.count("", 20) == "Nothing given: 20 tokens to write."
     assert masked.count("a____", 20).startswith("1 token given, 4 to write.")
     assert "at most 24" in masked.count("_" * 30, 20) and "never seen" in masked.count("\N{SNOWMAN}", 20)
@@ -528,8 +529,9 @@ def test_the_app_answers_over_the_wire(runs):
             answer = client.submit(*arguments, api_name=name)
             assert reason in said(answer.result()), name
         # Out of a slider's bounds, typed or sent: a sentence, not a fault.
-        answer = client.submit("masked", "", 5000, 99, *common, False, api_name="/write")
-        assert "1 to 8 texts" in said(answer.result())
+        for length, n, reason in ((5000, 1, "1 to 24 tokens"), (24, 99, "1 to 8 texts")):
+            answer = client.submit("masked", "", length, n, *common, False, api_name="/write")
+            assert reason in said(answer.result())
     finally:
         door.close()
 
@@ -575,7 +577,7 @@ def test_the_door_is_open_before_the_page_is_there_and_turns_nobody_away():
 
 def test_the_door_needs_neither_torch_nor_gradio():
     code = "import sys, textdiffusion.ui.serving, textdiffusion.ui.door as d; d.waiting_page(); "
-    code += "sys.exit(', '.join({'torch', 'gradio', 'pandas', 'numpy'} & set(sys.modules)) or 0)"
+    code += "sys.exit(', '.join({'torch', 'gradio', 'pandas'} & set(sys.modules)) or 0)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 

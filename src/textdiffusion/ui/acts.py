@@ -46,6 +46,8 @@ class Wish:
             raise UserError(f"the text has {len(self.text):,} characters; this page takes at most {LONGEST_INPUT:,}")
         if not 1 <= self.n <= MOST_TEXTS:
             raise UserError(f"this page writes 1 to {MOST_TEXTS} texts at once, not {self.n}")
+        if reason := run.no_such_length(self.text, self.length):
+            raise UserError(reason)
         template = run.template(self.text, self.length)
         length = self.length if template is None else len(template)
         if self.n * length > MOST_TOKENS:

@@ -96,8 +96,16 @@ class Loaded:
             return {}
         return {"infill": text} if _GAP.search(text) else {"prompt": text.replace("\\_", "_")}
 
+    def no_such_length(self, text: str, length: int) -> str:
+        """Why this page does not write so many tokens; empty if it does, or if the text has a length of its own."""
+        if _GAP.search(text) or 1 <= length <= self.longest:
+            return ""
+        return f"this page writes 1 to {self.longest:,} tokens with {self.name}, not {length:,}"
+
     def count(self, text: str, length: int) -> str:
         """A live count of what a text in the box asks for."""
+        if reason := self.no_such_length(text, length):
+            return reason
         try:
             template = self.template(text, length)
         except UserError as mistake:

@@ -18,7 +18,11 @@ from textdiffusion.ui.streaming import Jobs, told
 WAITING = 64  # visitors in the queue; the next one is asked to come back
 CALLS = [EVERY_TOKEN, "1", "2", "4", "8", "16", "32", "64", "128", "256"]
 EMPTY = "nothing: write freely"
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}  # what costs nothing
+# What a control holds is handed over as it is: gradio would answer a number out of a slider's bounds with a fault, for
+# which the acts have a sentence.
+AS_IS: dict[str, Any] = {"preprocess": False}
+# What costs nothing.
+QUIET: dict[str, Any] = AS_IS | {"show_progress": "hidden", "api_visibility": "private", "queue": False}
 MOST_PANELS = 4
 MOST_COMPARED = 4  # texts in a panel
 CSS = """
@@ -38,15 +42,6 @@ document.addEventListener("click", (event) => {
   if (canvas && canvas.getBoundingClientRect().top > innerHeight - 160) canvas.scrollIntoView({ block: "center" });
 });
 </script>"""
-
-
-class Slider(gr.Slider):
-    """A slider whose bounds are for the eye: what is out of them is refused by the acts, in a sentence on the page."""
-
-    is_template = True  # the browser draws gradio's own
-
-    def preprocess(self, payload: float) -> float:
-        return payload
 
 
 class Page:
@@ -87,8 +82,8 @@ class Page:
         sampler = gr.Dropdown(**_samplers(run))
         calls = gr.Dropdown(**_calls(run))
         with gr.Row():
-            temperature = Slider(0, 2, value=1, step=0.05, label="Temperature", info="1 is the model's own law")
-            top_p = Slider(0.05, 1, value=1, step=0.05, label="Top-p", info="1 keeps every token")
+            temperature = gr.Slider(0, 2, value=1, step=0.05, label="Temperature", info="1 is the model's own law")
+            top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p", info="1 keeps every token")
         seed = gr.Number(0, label="Seed", precision=0, info="the same seed gives the same texts")
         return [sampler, calls, temperature, top_p, seed]
 
@@ -102,7 +97,7 @@ class Page:
         """A button that starts a job, and one that stops it, running or still queued."""
         event = gr.on(
             go, act, inputs, output, api_name=api, show_progress="minimal", trigger_mode="once",
-            concurrency_id="sampling", concurrency_limit=1,
+            concurrency_id="sampling", concurrency_limit=1, **AS_IS,
         )  # fmt: skip
         halted = stop.click(self._halt, None, None, queue=False, api_visibility="private")
         halted.then(None, None, None, cancels=[event], api_visibility="private")
@@ -133,8 +128,8 @@ class Page:
                 example = gr.Dropdown(label="Examples", **_examples(run))
                 go, stop = self._buttons("Write")
                 with gr.Row():
-                    length = Slider(**_length(run))
-                    n = Slider(1, MOST_TEXTS, value=2, step=1, label="Texts")
+                    length = gr.Slider(**_length(run))
+                    n = gr.Slider(1, MOST_TEXTS, value=2, step=1, label="Texts")
                 with gr.Accordion("Sampler, temperature, seed", open=False):
                     sampling = self._sampling(run)
                     ends = gr.Checkbox(False, label="End where a document ends", visible=run.stops)
@@ -171,7 +166,7 @@ class Page:
         return self.runs[name]
 
     def _count(self, name: str, text: str, length: int) -> str:
-        return self._run(name).count((text or "")[: acts.LONGEST_INPUT], int(length))
+        return self._run(name).count((text or "")[: acts.LONGEST_INPUT], int(length or 0))
 
     # -- Edit -------------------------------------------------------------------------------------------------------
     def _edit(self) -> None:
@@ -187,12 +182,12 @@ class Page:
                 mark = gr.Button("Mark the selection", size="sm", elem_id="td-mark")
                 go, stop = self._buttons("Rewrite")
                 how = gr.Radio(["what is marked", "words at random"], value="what is marked", label="Rewrite")
-                share = Slider(0.05, 1, value=0.4, step=0.05, label="Strength: share of the text", visible=False)
-                n = Slider(1, MOST_TEXTS, value=2, step=1, label="Versions")
+                share = gr.Slider(0.05, 1, value=0.4, step=0.05, label="Strength: share of the text", visible=False)
+                n = gr.Slider(1, MOST_TEXTS, value=2, step=1, label="Versions")
                 with gr.Accordion("Sampler, temperature, seed", open=False):
                     sampling = self._sampling(run)
                 with gr.Group(visible=not run.no_proofreading) as proof:
-                    wrong = Slider(0.01, 0.5, value=0.05, step=0.01, label="Proofread",
+                    wrong = gr.Slider(0.01, 0.5, value=0.05, step=0.01, label="Proofread",
                                       info="share of wrong tokens to expect")  # fmt: skip
                     mend = gr.Button("Proofread", elem_id="td-proofread")
             with gr.Column(scale=3, min_width=320):
@@ -216,7 +211,7 @@ class Page:
 
         self._wire([go.click], stop, act, [chosen, text, how, share, n, *sampling], output, "rewrite")
         mend.click(mending, [chosen, text, wrong], output, api_name="proofread", show_progress="minimal",
-                   concurrency_id="sampling", concurrency_limit=1)  # fmt: skip
+                   concurrency_id="sampling", concurrency_limit=1, **AS_IS)  # fmt: skip
         # The browser alone knows what is selected.
         mark.click(None, text, text, js=_MARK_JS, api_visibility="private")
         how.change(lambda how: gr.update(visible=how != "what is marked"), how, share, **QUIET)
@@ -244,8 +239,8 @@ class Page:
                 text = gr.Textbox(label="Template", lines=2, max_lines=8, placeholder="the same for all; may be empty")
                 go, stop = self._buttons("Compare")
                 with gr.Row():
-                    length = Slider(**_length(min(self.runs.values(), key=lambda run: run.longest)))
-                    n = Slider(1, MOST_COMPARED, value=2, step=1, label="Texts each")
+                    length = gr.Slider(**_length(min(self.runs.values(), key=lambda run: run.longest)))
+                    n = gr.Slider(1, MOST_COMPARED, value=2, step=1, label="Texts each")
                 calls = gr.Dropdown(CALLS, value=EVERY_TOKEN, allow_custom_value=True, label="Network calls a text")
                 seed = gr.Number(0, label="Seed", precision=0, info="the same for all")
             with gr.Column(scale=4, min_width=320):
@@ -285,7 +280,7 @@ class Page:
             yield from self._job(request, lambda flag: inside.forward(self._run(name), text or ""))
 
         gr.on([go.click, text.submit], forward, [chosen, text], output, api_name="forward", show_progress="minimal",
-              concurrency_id="sampling", concurrency_limit=1)  # fmt: skip
+              concurrency_id="sampling", concurrency_limit=1, **AS_IS)  # fmt: skip
 
         def facts(name: str) -> list[Any]:
             run = self._run(name)
@@ -293,7 +288,7 @@ class Page:
             return [curve, gr.update(value=metrics, visible=len(metrics) > 1), run.card(), run.model.config.to_json()]
 
         gr.on([app.load, chosen.change], facts, chosen, [noise, learnt, card, settings],
-              show_progress="hidden", api_visibility="private")  # fmt: skip
+              show_progress="hidden", api_visibility="private", **AS_IS)  # fmt: skip
 
 
 _MARK_JS = """(text) => {
