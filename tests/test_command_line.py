@@ -86,7 +86,8 @@ def test_mistakes_are_refused_before_torch_is_loaded(runs, tmp_path):
         ["train", "--set", "network.wdith=3"], ["train", "--set", "network.width=wide"],
         ["train", "--set", "training.rate=-1"], ["train", "--set", "nonsense"], ["train", "--device", "mps"],
         ["train", "--out", run], ["train", "--out", "FILE"], ["train", "--resume", "--out", "nowhere"],
-        ["sample", "nowhere"], ["sample"], ["sample", run, "-n", "0"], ["sample", run, "--top-p", "2"],
+        ["sample", "nowhere"], ["sample", run, "--save-replay", "x.txt"],
+        ["sample", run, "-n", "0"], ["sample", run, "--top-p", "2"],
         ["sample", run, "--temperature", "-1"], ["sample", run, "--calls", "0"], ["sample", run, "--length", "0"],
         ["sample", run, "--prompt", "x", "--infill", "x_"], ["sample", run, "--strength", "0.2"],
         ["eval", run, "--data", "nowhere.txt"], ["eval", run, "--calls", "2,x"], ["eval", "nowhere"],
@@ -192,7 +193,7 @@ def test_the_newest_run_is_the_default(runs, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "only").symlink_to(runs / "masked")
     assert json.loads(outside("sample", "-n", 1, "--json", cwd=tmp_path))["samples"]
-    assert "textdiffusion train" in refused("sample", cwd=tmp_path / "runs")
+    assert "textdiffusion train" in refused("train", "--resume", cwd=tmp_path / "runs")
 
 
 def test_dry_run_trains_nothing(tmp_path, monkeypatch):

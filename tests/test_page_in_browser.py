@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -302,3 +305,40 @@ def test_every_tab_fits_and_is_drawn(visit, size, scheme, tmp_path):
         assert wide <= 0, f"{name} is {wide} pixels too wide"
         tab.screenshot(path=tmp_path / f"{canvas}.png")
     tab.locator(".vega-embed, svg.marks, canvas.marks").first.wait_for()  # the curves
+
+
+def test_first_paint_and_first_frame(browser, served, tmp_path):
+    """Seconds from the command to something on the screen, to the page itself, and from Write to the first frame."""
+    if os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1):
+        pytest.skip(f"the machine is busy (load {os.getloadavg()[0]:.1f}): seconds by the clock would say nothing")
+    command = [sys.executable, "-m", "textdiffusion", "ui", str(served[0].runs["masked"].path), "--device", "cpu"]
+    begin = time.perf_counter()
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        address = server.stdout.readline().split()[4]
+        tab = browser.new_page(viewport=SIZES["desktop"])
+        tab.set_default_timeout(PATIENCE)
+        tab.goto(address)
+        painted = time.perf_counter() - begin
+        assert tab.get_by_text("textdiffusion").first.is_visible()
+        tab.wait_for_selector("#td-write")
+        ready = time.perf_counter() - begin
+        # In the page's own clock, so that the driver's waiting is not in it.
+        first = tab.evaluate(
+            """() => new Promise((resolve) => {
+              const begin = performance.now();
+              new MutationObserver((_, observer) => {
+                if (document.querySelector("#td-write-canvas .td-row")) {
+                  observer.disconnect();
+                  resolve((performance.now() - begin) / 1000);
+                }
+              }).observe(document.body, { childList: true, subtree: true });
+              document.querySelector("#td-write").click();
+            })"""
+        )
+        print(f"first paint {painted:.2f} s, page {ready:.2f} s, first frame {first:.2f} s")
+        tab.close()
+        assert painted < 5 and first < 1
+    finally:
+        server.kill()
+        server.wait()

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,28 +127,15 @@ def _resume(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace, stopped: Stopped) -> int:
+    from textdiffusion.terminal import leave_plot
+
     if args.json:
         body = {k: v for k, v in vars(stopped).items() if k != "signal"} | {"run": str(stopped.run)}
         print(json.dumps(body | {"finished": stopped.signal is None}))
     elif stopped.signal is None:
         print(f"trained {stopped.run}; see it write: textdiffusion sample {stopped.run} --watch")
-    _plot(stopped.run, lambda plots: plots.save_training(stopped.run), args.json)
+    leave_plot(stopped.run, lambda plots: plots.save_training(stopped.run), args.json)
     return 0 if stopped.signal is None else 128 + stopped.signal
-
-
-def _plot(run: Path, save: Callable[[Any], Path | None], quiet: bool) -> None:
-    """Leave a plot in a run's folder, and say so; a run that cannot be written to is left as it is."""
-    from textdiffusion import plots
-    from textdiffusion.config import SHIPPED
-
-    if not plots.can_plot():
-        saved: object = plots.MISSING
-    elif run == SHIPPED or not os.access(run, os.W_OK):
-        return
-    else:
-        saved = save(plots)
-    if saved is not None and not quiet:
-        print(f"plot: {saved}" if isinstance(saved, Path) else saved, file=sys.stderr)
 
 
 def _dry_run(args: argparse.Namespace, config: RunConfig) -> int:
@@ -272,7 +259,9 @@ def _eval(args: argparse.Namespace) -> int:
         for line in result.lines():
             print(line)
     if calls:
-        _plot(path, lambda plots: plots.save_calls(result.as_dict(), path), args.json)
+        from textdiffusion.terminal import leave_plot
+
+        leave_plot(path, lambda plots: plots.save_calls(result.as_dict(), path), args.json)
     return 0
 
 

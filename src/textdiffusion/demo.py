@@ -11,7 +11,7 @@ from rich.console import Console
 from textdiffusion.config import RUNS
 from textdiffusion.model import load, pick_device
 from textdiffusion.presets import demo_config
-from textdiffusion.terminal import follow
+from textdiffusion.terminal import follow, leave_plot
 
 
 def demo(minutes: float, seed: int, out: Path | None, device: str) -> int:
@@ -24,6 +24,7 @@ def demo(minutes: float, seed: int, out: Path | None, device: str) -> int:
     stopped = follow(demo_config(minutes, seed), path, False, pick_device(device), console)
     if stopped.signal is not None:
         return 128 + stopped.signal
+    leave_plot(path, lambda plots: plots.save_training(path))
     model = load(path, device)
     console.rule("2. text appears out of noise")
     model.watch(2, seed=seed)

@@ -320,19 +320,20 @@ class Model:
         return state.x[0].cpu().numpy()
 
     def watch(
-        self, n: int = 1, length: int | None = None, calls: int | None = None, *, save_replay: str | Path | None = None,
-        **how: Any,
+        self, n: int = 1, length: int | None = None, calls: int | None = None, *, seconds: float = 4.0,
+        save_replay: str | Path | None = None, **how: Any,
     ) -> list[str]:  # fmt: skip
         """Show the denoising live, in a terminal or a notebook, or as plain lines over a pipe; returns the texts.
 
         Args:
+            seconds: what it is slowed down to, about.
             save_replay: an .html file that plays it again, in any browser and without a network.
         Raises:
             UserError: as in `stream`, or a file that cannot hold a replay.
         """
         check_replay(save_replay, n)
         recording = self._recording(n, length, calls, how)
-        texts = watch(self.stream(n, length, calls, **how), panel=recording.panels[0])
+        texts = watch(self.stream(n, length, calls, **how), seconds=seconds, panel=recording.panels[0])
         if save_replay is not None:
             write_replay(recording, Path(save_replay))
         return texts

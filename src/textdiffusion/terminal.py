@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
+from collections.abc import Callable
 from difflib import SequenceMatcher
 from pathlib import Path
+from types import ModuleType
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from textdiffusion.config import RunConfig
+from textdiffusion import plots
+from textdiffusion.config import SHIPPED, RunConfig
 from textdiffusion.fit import Event, Started, Stepped, Stopped, Validated, fit
 from textdiffusion.frames import one_line
 
@@ -106,3 +111,17 @@ def changes(before: str, after: str) -> list[tuple[str, str]]:
         for kind, a, b, c, d in SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
         if kind != "equal"
     ]
+
+
+def leave_plot(run: Path, save: Callable[[ModuleType], Path | None], quiet: bool = False) -> None:
+    """Leave a plot in a run's folder by a function of `plots`, and say so in a line; a run that cannot be written to is
+    left as it is."""
+    if not plots.can_plot():
+        said: str | None = plots.MISSING
+    elif run == SHIPPED or not os.access(run, os.W_OK):
+        return
+    else:
+        file = save(plots)
+        said = None if file is None else f"plot: {file}"
+    if said is not None and not quiet:
+        print(said, file=sys.stderr)
