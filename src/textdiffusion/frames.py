@@ -66,7 +66,11 @@ class TextFrame:
         rows = zip(self.pieces, now.tokens.tolist(), now.confidence.tolist(), self.given.tolist(), strict=True)
         return [
             # Pieces end where the text does.
-            list(based((_code(*of, letter), visible(piece)) for piece, *of in zip(pieces, tokens, chances, given)))
+            list(
+                based(
+                    (_code(t, p, known, letter), visible(s)) for s, t, p, known in zip(pieces, tokens, chances, given)
+                )
+            )
             for pieces, tokens, chances, given in rows
         ]
 

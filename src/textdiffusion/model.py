@@ -394,9 +394,10 @@ def load(path: str | Path | None = None, device: str = "auto", precision: Precis
         UserError: there is no run, or it is damaged.
     """
     device = pick_device(device)
-    if path is None and (path := run_to_use()) == SHIPPED:
+    place = run_to_use() if path is None else Path(path)
+    if path is None and place == SHIPPED:
         warnings.warn(SHIPPED_INSTEAD, stacklevel=2)
-    run = Run.open(Path(path))
+    run = Run.open(place)
     return Model(run.load(device), run.tokenizer, run.config, device, precision)
 
 

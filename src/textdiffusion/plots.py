@@ -157,7 +157,7 @@ def _save(figure: Figure, path: Path) -> Path:
     import matplotlib
 
     text = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "textdiffusion"}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "textdiffusion"}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a symbol that matplotlib's own face lacks: the reader's has it
         figure.savefig(text, format="svg", facecolor=PAGE, metadata={"Date": None})
