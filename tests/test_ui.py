@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -404,6 +405,20 @@ def test_what_would_take_the_machine_down_is_refused(runs, wish, reason):
     assert len(pages) == 1 and reason in said(pages[0])
 
 
+def test_a_pattern_is_kept_and_one_too_large_is_refused_in_time(runs):
+    for family in ("masked", "block"):
+        body = written(acts.write(runs[family], Wish(n=2, length=24, calls="8", regex="[a-z ]+!"), threading.Event()))
+        assert all(re.fullmatch("[a-z ]+!", text) for text in body["panels"][0]["texts"]), family
+    for regex, reason in (
+        ("(a|b)*a(a|b){30}", "too many states"),
+        ("[", "not a regular expression"),
+        ("x" * 201, "at most 200"),
+    ):
+        act = partial(acts.write, runs["masked"], Wish(length=24, regex=regex))
+        pages = list(told(act, threading.Event()))
+        assert len(pages) == 1 and reason in said(pages[0]), regex
+
+
 def test_calls_are_a_number_or_one_a_token():
     assert calls_of("one a token") is None and calls_of("") is None and calls_of(" 16 ") == 16
 
@@ -514,13 +529,17 @@ def test_the_app_answers_over_the_wire(runs):
         assert door.address.startswith("http://127.0.0.1:")
         client = Client(door.address, verbose=False, analytics_enabled=False)
         common = ["random", "one a token", 1, 1, 3]
-        job = client.submit("masked", "It was a ____ day", 24, 2, *common, False, api_name="/write")
+        job = client.submit("masked", "It was a ____ day", 24, 2, *common, False, "", api_name="/write")
         pages = [page for page in job]  # noqa: C416
         assert recording_in(pages[-1])["panels"][0]["texts"] == runs["masked"].model.sample(
             2, infill="It was a ____ day", seed=3
         )
         for name, arguments, reason in (
-            ("/write", ["masked", "It was a ____ day", 24, 2, "random", "one a token", 1, 0.05, None, False], "number"),
+            (
+                "/write",
+                ["masked", "It was a ____ day", 24, 2, "random", "one a token", 1, 0.05, None, False, ""],
+                "number",
+            ),
             ("/rewrite", ["block", "a [[b]]", "what is marked", 0.4, 1, *common], "cannot"),
             ("/proofread", ["masked", "It was", 0.05], "only hides"),
             ("/compare", [[], "", 24, 1, "one a token", 0], "choose 1 to 4"),
@@ -530,7 +549,7 @@ def test_the_app_answers_over_the_wire(runs):
             assert reason in said(answer.result()), name
         # Out of a slider's bounds, typed or sent: a sentence, not a fault.
         for length, n, reason in ((5000, 1, "1 to 24 tokens"), (24, 99, "1 to 8 texts")):
-            answer = client.submit("masked", "", length, n, *common, False, api_name="/write")
+            answer = client.submit("masked", "", length, n, *common, False, "", api_name="/write")
             assert reason in said(answer.result())
     finally:
         door.close()
@@ -563,6 +582,8 @@ def test_the_door_is_open_before_the_page_is_there_and_turns_nobody_away():
 
         visiting = threading.Thread(target=visitor)
         visiting.start()
+        while not answers:
+            time.sleep(0.01)
         door.hand_over(app)
         with urllib.request.urlopen(door.address + READY[1:]) as answer:
             assert json.loads(answer.read()) == {"ready": True}

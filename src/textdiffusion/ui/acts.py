@@ -15,6 +15,7 @@ from textdiffusion.replay.canvas import player
 from textdiffusion.replay.recording import Panel, Recording, difference
 from textdiffusion.ui.loaded import MOST_TEXTS, MOST_TOKENS, Loaded
 from textdiffusion.ui.streaming import show
+from textdiffusion.ui.trial import check_pattern
 
 EVERY_TOKEN = "one a token"
 _MARK = re.compile(r"\[\[(.+?)\]\]", re.DOTALL)
@@ -35,6 +36,7 @@ class Wish:
     top_p: float = 1.0
     seed: int = 0
     stop: bool = False
+    regex: str = ""
 
     def check(self, run: Loaded) -> None:
         """Refuse what would take the machine down; all else is for the library to refuse.
@@ -48,6 +50,8 @@ class Wish:
             raise UserError(f"this page writes 1 to {MOST_TEXTS} texts at once, not {self.n}")
         if reason := run.no_such_length(self.text, self.length):
             raise UserError(reason)
+        if self.regex:
+            check_pattern(self.regex, run.model.tokenizer.vocabulary)
         template = run.template(self.text, self.length)
         length = self.length if template is None else len(template)
         if self.n * length > MOST_TOKENS:
@@ -65,7 +69,7 @@ class Wish:
         return {
             "n": self.n, "length": self.length, "calls": calls_of(self.calls), "sampler": self.sampler,
             "temperature": self.temperature, "top_p": None if self.top_p >= 1 else self.top_p, "seed": self.seed,
-            "stop": self.stop and run.stops, **run.asked(self.text),
+            "stop": self.stop and run.stops, "regex": self.regex or None, **run.asked(self.text),
         }  # fmt: skip
 
 

@@ -130,22 +130,23 @@ class Page:
                 with gr.Row():
                     length = gr.Slider(**_length(run))
                     n = gr.Slider(1, MOST_TEXTS, value=2, step=1, label="Texts")
-                with gr.Accordion("Sampler, temperature, seed", open=False):
+                with gr.Accordion("Pattern, sampler, temperature, seed", open=False):
+                    regex = gr.Textbox(label="Pattern", info="a regular expression that the whole text matches",
+                                       placeholder="[A-Z][a-z ,]+\\.", lines=1, elem_id="td-regex")  # fmt: skip
                     sampling = self._sampling(run)
                     ends = gr.Checkbox(False, label="End where a document ends", visible=run.stops)
             with gr.Column(scale=3, min_width=320):
                 output = _canvas("Press Write, and watch the text appear here.", "write")
 
         def act(name: str, text: str, length: int, n: int, sampler: str, calls: str, temperature: float, top_p: float,
-                seed: int, ends: bool, request: gr.Request) -> Iterator[str]:  # fmt: skip
-            yield from self._job(
-                request,
-                lambda flag: acts.write(
-                    self._run(name), _wish(text, n, length, calls, sampler, temperature, top_p, seed, ends), flag
-                ),
-            )
+                seed: int, ends: bool, regex: str, request: gr.Request) -> Iterator[str]:  # fmt: skip
+            def pages(flag: Any) -> Iterator[str]:
+                wish = _wish(text, n, length, calls, sampler, temperature, top_p, seed, ends, regex)
+                return acts.write(self._run(name), wish, flag)
 
-        inputs = [chosen, text, length, n, *sampling, ends]
+            yield from self._job(request, pages)
+
+        inputs = [chosen, text, length, n, *sampling, ends, regex]
         self._wire([go.click, text.submit], stop, act, inputs, output, "write")
         gr.on([text.change, length.change, chosen.change], self._count, [chosen, text, length], count,
               trigger_mode="always_last", **QUIET)  # fmt: skip
@@ -299,11 +300,11 @@ _MARK_JS = """(text) => {
 
 
 def _wish(text: str | None, n: Any, length: Any, calls: Any, sampler: str, temperature: Any, top_p: Any, seed: Any,
-          ends: bool) -> Wish:  # fmt: skip
+          ends: bool, regex: str | None = "") -> Wish:  # fmt: skip
     """Controls as a wish; an emptied number is a mistake of the user's."""
     try:
         return Wish(text or "", int(n), int(length), str(calls or EVERY_TOKEN), sampler or "auto", float(temperature),
-                    float(top_p), int(seed), bool(ends))  # fmt: skip
+                    float(top_p), int(seed), bool(ends), regex or "")  # fmt: skip
     except (TypeError, ValueError, OverflowError):
         raise UserError("a number is missing among the controls; fill it in") from None
 
