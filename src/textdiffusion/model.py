@@ -226,13 +226,12 @@ class Model:
         chosen = self.grid(grid)
         self.used = (sampler, chosen.name)
         known = torch.zeros(n, length, dtype=torch.bool) if given is None else given.cpu()
-        tentative = revises(self.process)
         for frame in sample(
             self.writer.on(chosen), noise, length, calls, sampler=sampler, tokens=tokens, given=given,
             temperature=temperature, top_p=top_p, top_k=top_k, hold=hold,
             until=self.tokenizer.end_of_text if stop else None,
         ):  # fmt: skip
-            yield TextFrame(frame, known, self.tokenizer, stop, tentative)
+            yield TextFrame(frame, known, self.tokenizer, stop, revises(self.process))
 
     def sample(self, n: int = 4, length: int | None = None, calls: int | None = None, **how: Any) -> list[str]:
         """Write n texts; arguments as in `stream`."""
@@ -326,30 +325,27 @@ class Model:
         """Show the denoising live, in a terminal or a notebook, or as plain lines over a pipe; returns the texts.
 
         Args:
-            seconds: what it is slowed down to, about.
-            save_replay: an .html file that plays it again, in any browser and without a network.
+            seconds: what it is slowed down to, about. save_replay: an .html file that plays it again, offline.
         Raises:
             UserError: as in `stream`, or a file that cannot hold a replay.
         """
         check_replay(save_replay, n)
-        recording = self._recording(n, length, calls, how)
-        texts = watch(self.stream(n, length, calls, **how), seconds=seconds, panel=recording.panels[0])
+        panel = Panel(self.config.family)
+        texts = watch(self.stream(n, length, calls, **how), seconds=seconds, panel=panel)
         if save_replay is not None:
-            write_replay(recording, Path(save_replay))
+            write_replay(self._recording(panel, how), Path(save_replay))
         return texts
 
     def record(self, n: int = 1, length: int | None = None, calls: int | None = None, **how: Any) -> Recording:
         """Write n texts and keep all that happened; arguments as in `stream`."""
-        recording = self._recording(n, length, calls, how)
-        for _ in recorded(self.stream(n, length, calls, **how), recording.panels[0]):
+        panel = Panel(self.config.family)
+        for _ in recorded(self.stream(n, length, calls, **how), panel):
             pass
-        return recording
+        return self._recording(panel, how)
 
-    def _recording(self, n: int, length: int | None, calls: int | None, how: dict[str, Any]) -> Recording:
-        sampler = how.get("sampler")
-        name = next(iter(self.process.steps)) if sampler in (None, "auto") else sampler
-        asked = {"n": n, "length": length, "calls": calls} | {k: v for k, v in how.items() if v not in (None, ())}
-        return Recording([Panel(f"{self.config.family} · {name}")], {k: str(v) for k, v in asked.items()})
+    def _recording(self, panel: Panel, how: dict[str, Any]) -> Recording:
+        panel.title += f" · {self.used[0]}"
+        return Recording([panel], {key: str(value) for key, value in how.items() if value not in (None, ())})
 
     def score(self, text: str, draws: int = 64, seed: int = 0) -> float:
         """Bits per character of a text: exact or an upper bound in expectation, as the family's likelihood is.
