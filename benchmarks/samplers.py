@@ -36,7 +36,7 @@ from textdiffusion.grids import GRIDS
 HERE = Path(__file__).parent
 PART = 32  # texts
 CALLS = (8, 16, 32, 64)
-BOUND_TOKENS = 4096  # that likelihoods are measured on
+BOUND_TOKENS = 2048  # that likelihoods are measured on
 
 
 def cases(model: td.Model, calls: Sequence[int]) -> Iterator[tuple[str, str, int]]:
@@ -103,7 +103,7 @@ def divergence(a: Counter[str], b: Counter[str]) -> float:
 
 
 def quality(texts: Sequence[str], held_out: Sequence[str], words: set[str], judge: td.Model) -> dict[str, float]:
-    """Of texts, beside as much held-out text."""
+    """Of texts, beside as much held-out text: entropy and divergence are larger and smaller the more text there is."""
     by_text = [(sum(w in words for w in ws), len(ws)) for ws in map(whole_words, texts)]
     right, every = (sum(column) for column in zip(*by_text))
     share = right / max(every, 1)
@@ -115,6 +115,7 @@ def quality(texts: Sequence[str], held_out: Sequence[str], words: set[str], judg
     return {
         "valid_words": share, "valid_words_error": spread, "judge": judged.bits_per_char,
         "judge_error": judged.standard_error or math.nan, "entropy": entropy(grams(texts, 3)),
+        "real_entropy": entropy(grams(held_out, 3)),
         "divergence": divergence(grams(texts, 3), grams(held_out, 3)),
     }  # fmt: skip
 
@@ -147,7 +148,6 @@ def summarise(
     for record in read(path):
         key = tuple(record[k] for k in ("run", "family", "length", "sampler", "grid", "calls"))
         groups.setdefault(key, []).append(record)
-    most = max(PART * len(records) for records in groups.values())
 
     def cut(length: int, n: int, begin: int) -> list[str]:
         step = (len(text) - length) // (n + 1)
@@ -155,13 +155,13 @@ def summarise(
 
     rows, likes = [], dict(old.get("likelihoods", {}))
     lengths = sorted({key[2] for key in groups})
-    real = {str(n): quality(cut(n, PART * 2, 17), cut(n, most, 0), words, judge) for n in lengths}
+    real = {str(n): quality(cut(n, PART, 17), cut(n, PART, 0), words, judge) | {"texts": PART} for n in lengths}
     for key, records in groups.items():
         texts = [text for record in records for text in record["texts"]]
         row = dict(zip(("run", "family", "length", "sampler", "grid", "calls"), key))
         row |= {"texts": len(texts), "made": max(r["made"] for r in records)}
         row |= {"seconds": float(np.median([r["processor_seconds"] for r in records]))}
-        rows.append(row | quality(texts, cut(key[2], most, 0), words, judge))
+        rows.append(row | quality(texts, cut(key[2], len(texts), 0), words, judge))
     if bounds:
         for run, model in runs.items():
             windows = evaluation_windows(tokenize(corpus, model.tokenizer)["validation"], model.window, BOUND_TOKENS)

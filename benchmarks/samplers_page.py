@@ -51,10 +51,9 @@ where a run holds it.
 """
 
 
-def compared(rows: Sequence[dict[str, Any]], held_out: dict[str, Any]) -> list[dict[str, Any]]:
+def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows whose text is as varied as held-out text; all, if none is."""
-    varied = [r for r in rows if r["entropy"] >= MATCHED * held_out[str(r["length"])]["entropy"]]
-    return varied or list(rows)
+    return [r for r in rows if r["entropy"] >= MATCHED * r["real_entropy"]] or list(rows)
 
 
 def recommended(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -67,7 +66,7 @@ def recommended(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
             some = [r for r in rows if r["calls"] == budget and r["grid"] == own]
             if len({r["sampler"] for r in some}) < 2:
                 continue  # nothing to compare
-            best = min(compared(some, found["held_out"]), key=lambda r: r["judge"])
+            best = min(compared(some), key=lambda r: r["judge"])
             out.setdefault(family, []).append(
                 {"calls_a_token": budget / best["length"], "sampler": best["sampler"], "judge": round(best["judge"], 3)}
             )
@@ -91,9 +90,10 @@ def write_up(found: dict[str, Any]) -> str:
         length, likes = rows[0]["length"], found["likelihoods"].get(run, {})
         real = found["held_out"][str(length)]
         parts.append(
-            f"### `{rows[0]['family']}`, windows of {length}\n\nHeld-out text itself: {real['valid_words']:.1%} of the "
-            f"words, {real['judge']:.2f} judged bits/char, entropy {real['entropy']:.2f}, divergence "
-            f"{real['divergence']:.3f}.\n\n| calls | sampler | grid | texts | words that occur | judge | entropy | "
+            f"### `{rows[0]['family']}`, windows of {length}\n\nHeld-out text itself, {real['texts']} texts: "
+            f"{real['valid_words']:.1%} of the words, {real['judge']:.2f} judged bits/char, entropy "
+            f"{real['entropy']:.2f}, divergence {real['divergence']:.3f}.\n\n"
+            "| calls | sampler | grid | texts | words that occur | judge | entropy | "
             "divergence | seconds | bits/char at so many calls |\n|---|---|---|---|---|---|---|---|---|---|"
         )
         lines = []

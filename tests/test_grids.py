@@ -231,6 +231,10 @@ def test_the_benchmark_of_samplers_goes_on_where_it_was_stopped(trained, monkeyp
 
 def test_a_grid_that_there_is_not_is_refused_before_anything_is_loaded(tmp_path, capsys):
     for verb in ("sample", "eval"):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        help_text = capsys.readouterr().out
+        assert all(name in help_text for name in GRIDS)
         assert main([verb, str(tmp_path / "none"), "--grid", "circular"]) == 2
         assert "--grid must be one of" in capsys.readouterr().err
     assert main(["sample", str(tmp_path / "none"), "--top-k", "0"]) == 2

@@ -27,12 +27,12 @@ def row(sampler: str, judge: float, entropy: float = 8.0, calls: int = 8, grid: 
     return {
         "run": "r", "family": "masked", "length": 64, "sampler": sampler, "grid": grid, "calls": calls, "made": calls,
         "texts": 32, "valid_words": 0.5, "valid_words_error": 0.01, "judge": judge, "judge_error": 0.02,
-        "entropy": entropy, "divergence": 0.3, "seconds": 0.1,
+        "entropy": entropy, "real_entropy": 8.0, "divergence": 0.3, "seconds": 0.1,
     }  # fmt: skip
 
 
 def found(*rows: dict) -> dict:
-    real = {"64": {"valid_words": 1.0, "judge": 1.8, "entropy": 8.0, "divergence": 0.1}}
+    real = {"64": {"valid_words": 1.0, "judge": 1.8, "entropy": 8.0, "divergence": 0.1, "texts": 32}}
     likes = {"r": {"random time 8": [2.5, 0.01, "upper"], "margin time 8": [2.4, 0.02, "exact"]}}
     return {"text": "a book", "judge": "autoregressive", "held_out": real, "rows": list(rows), "likelihoods": likes}
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from textdiffusion import __version__
-from textdiffusion.grids import GRIDS
 
 DEMO_MINUTES = 2.0
 
@@ -78,8 +77,8 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("--calls", type=int, metavar="T", help="network calls a text (default: one a token, the best)")
     p.add_argument("--sampler", default="auto",
                    help="auto, the best measured, or a name from `textdiffusion families NAME`")  # fmt: skip
-    p.add_argument("--grid", default="auto", metavar="|".join(GRIDS),
-                   help="where the calls stand (default: optimal if the run holds it, else time)")  # fmt: skip
+    grid = "time, rate, log_snr, quadratic, cosine or optimal: where the calls stand between noise and text"
+    p.add_argument("--grid", default="auto", help=f"{grid} (default: optimal if the run holds it, else time)")
     p.add_argument("--temperature", type=float, default=1.0)
     p.add_argument("--top-p", type=float, help="draw from the likeliest tokens that hold this share")
     p.add_argument("--top-k", type=int, help="draw from so many likeliest tokens")
@@ -117,8 +116,7 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("--calls", metavar="1,2,4,...", help="also of samplers with exactly so many network calls")
     p.add_argument("--sampler", help="whose figures --calls gives (default: the family's first); exact for those that "
                    "choose positions by a rule, as margin")  # fmt: skip
-    p.add_argument("--grid", default="auto", metavar="|".join(GRIDS),
-                   help="where those calls stand (default: optimal if the run holds it, else time)")  # fmt: skip
+    p.add_argument("--grid", default="auto", help=f"{grid} (default: optimal if the run holds it, else time)")
     p.add_argument("--keep-grid", action="store_true",
                    help="measure what tokens cost at each noise level, and keep the optimal grid")  # fmt: skip
     p.add_argument("--eval-tokens", type=int, metavar="N", help="read about N tokens (default: all)")

@@ -10,7 +10,6 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from textdiffusion.errors import UserError
-from textdiffusion.grids import GRIDS
 
 LONGEST = 1_000_000  # tokens, texts or calls; more is a slip of the finger
 MOST_REPLAYED = 32  # texts in a replay
@@ -70,6 +69,8 @@ def check_grid(name: str) -> None:
     Raises:
         UserError: naming those that there are.
     """
+    from textdiffusion.grids import GRIDS  # here, for it loads numpy, which --help can do without
+
     if name not in ("auto", *GRIDS):
         raise UserError(f"--grid must be one of auto, {', '.join(GRIDS)}, not {name!r}")
 
