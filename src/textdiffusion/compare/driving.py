@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,7 @@ class Comparison:
                 "flops": flops_of_a_step(config) * stopped.step,
                 "network": config.network,
                 "process": config.process,
+                "settings": asdict(config.training),
                 "learning": [{k: line[k] for k in keep} for line in learning],
             },
         )

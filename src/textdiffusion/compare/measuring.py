@@ -34,6 +34,7 @@ CUTS = 4  # of each window, when hidden tokens are guessed
 SHOWN = 3  # texts on the page for each budget
 TIMED = 3  # texts written one by one for the time that one takes
 LEAST_WINDOWS = 16  # of those that a bound for T calls is measured on
+REFERENCE = 400_000  # held-out tokens that samples are compared with, at most
 SEARCHED = 20_000_000  # characters of the training text in which copies are looked for
 LETTERS = 5  # at least, of the word that texts are held to contain
 
@@ -64,7 +65,7 @@ class Bench:
         """
         tokens = tokenize(corpus, tokenizer)
         windows = evaluation_windows(tokens["validation"], plan.length, limit=plan.eval_tokens)
-        every = evaluation_windows(tokens["validation"], plan.length)
+        every = evaluation_windows(tokens["validation"], plan.length, limit=REFERENCE)
         if sum(len(w) == plan.length for w in every) < 4:
             raise UserError(
                 f"{corpus.name} holds out less than 4 windows of {plan.length} tokens; give more text, a smaller "
@@ -149,7 +150,7 @@ def likelihood(model: Model, bench: Bench) -> dict[str, Any]:
     standard errors are the larger for it.
     """
     begin, plan, process = time.perf_counter(), bench.plan, model.process
-    how = {"draws": plan.draws, "seed": plan.seed, "device": model.device}
+    how: dict[str, Any] = {"draws": plan.draws, "seed": plan.seed, "device": model.device}
     calls: list[int] = [] if next(iter(process.steps)) == "left-to-right" else plan.ladder
     read, of_calls = bench.windows, bench.windows
     a_window = sum(calls_of_a_bound(process, bench.windows[0], t, model.device) for t in calls)

@@ -19,7 +19,7 @@ def page(results: Mapping[str, Any], plots: Mapping[str, str]) -> str:
     """The page of results as results.json holds them, with the plots' SVG by name."""
     plan, protocol = read_plan(results["plan"], "results.json"), results["protocol"]
     facts = [
-        protocol["text"], f"{protocol['training_tokens']:,} tokens to learn from",
+        protocol["text"].rpartition("/")[2], f"{protocol['training_tokens']:,} tokens to learn from",
         f"{plan.tokenizer} tokenizer, {protocol['vocabulary']:,} tokens",
         f"windows of {plan.length} tokens", f"networks of {plan.depth} block{'s' * (plan.depth > 1)}",
         f"{plan.budget} each", protocol["machine"]["processor"],
@@ -187,8 +187,12 @@ def _protocol(results: Mapping[str, Any]) -> str:
     } | protocol["machine"]
     rows = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items())
     settings = "".join(
-        f"<dt>{escape(name)}</dt><dd>network {escape(str(row['training']['network']))}; process "
-        f"{escape(str(row['training']['process']) if row['training']['process'] else 'as it comes')}</dd>"
+        f"<dt>{escape(name)}</dt><dd>"
+        + "<br>".join(
+            f"{part}: {escape(', '.join(f'{k} {v}' for k, v in row['training'][part].items()) or 'as it comes')}"
+            for part in ("network", "process", "settings")
+        )
+        + "</dd>"
         for name, row in results["rows"].items()
     )
     baseline = BASELINE in results["rows"]
@@ -196,7 +200,7 @@ def _protocol(results: Mapping[str, Any]) -> str:
         "<section><h2>How it was made</h2><p>The command; the same page comes from results.json, beside it, with "
         "<code>textdiffusion compare --from results.json</code>, which says what differs.</p>"
         f"<pre>{escape(protocol['command'])}</pre>"
-        f"<dl>{rows}</dl><details><summary>Networks and processes</summary><dl>{settings}</dl></details>"
+        f"<dl>{rows}</dl><details><summary>Every setting of each run</summary><dl>{settings}</dl></details>"
         + (
             '<p class="note">All networks are alike, also that of the baseline: n-gram embeddings, which '
             "<code>textdiffusion train</code> gives to families from left to right, are left out here.</p>"
