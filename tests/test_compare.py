@@ -280,7 +280,7 @@ def row(exact=None, bounds=(), error=0.01, infills=True, fewest=1):
     }  # fmt: skip
 
 
-def test_the_verdict_is_the_lowest_figure_within_the_budget():
+def test_the_verdict_is_the_lowest_figure_at_the_budget():
     rows = {
         "masked": row(bounds=[(8, 3.0), (32, 2.5), (64, 2.4)]),
         "uniform": row(bounds=[(8, 2.8), (32, 2.51), (128, 2.6)]),
@@ -294,11 +294,29 @@ def test_the_verdict_is_the_lowest_figure_within_the_budget():
     assert sentence(few, "bits/char") == "uniform, ahead of masked by 0.200 ± 0.014 bits/char"
     assert [p.family for p in middle.tied] == ["masked", "uniform"]  # 0.01 apart
     assert "masked, level with uniform" in sentence(middle, "bits/char")
-    assert [(p.family, p.calls) for p in many.places] == [("autoregressive", 64), ("masked", 64), ("uniform", 32)]
+    assert [(p.family, p.calls) for p in many.places] == [("autoregressive", 64), ("masked", 64), ("uniform", 128)]
     assert many.best_infilling.family == "masked"
     assert [p.family for p in by_samples({"rows": rows}, 8).places] == ["uniform", "masked"]
     assert "no family can" in sentence(by_likelihood({"rows": {"a": row(exact=1.0)}}, 8), "bits/char")
     assert "the only one" in sentence(by_likelihood({"rows": {"a": row(exact=1.0)}}, 64), "bits/char")
+
+
+def test_a_lead_on_the_same_windows_is_judged_window_by_window():
+    near, far = row(bounds=[(8, 3.0)], error=0.5), row(bounds=[(8, 3.1)], error=0.5)
+    rows = {"masked": near, "uniform": far}
+    assert len(by_likelihood({"rows": rows}, 8).tied) == 2
+    hard = np.random.default_rng(0).normal(0, 0.05, 100)  # what makes a window hard is the same for both
+    near["likelihood"]["by_calls"][0]["influence"] = hard.tolist()
+    far["likelihood"]["by_calls"][0]["influence"] = (hard + 0.001).tolist()
+    ranking = by_likelihood({"rows": rows}, 8)
+    assert ranking.lead == (pytest.approx(0.1), pytest.approx(0.01)) and len(ranking.tied) == 1
+
+
+def test_the_influence_of_windows_makes_up_the_errors(results):
+    for found in results["rows"].values():
+        for figure in [found["likelihood"], *found["likelihood"]["by_calls"]]:
+            error = float(np.square(figure["influence"]).sum() ** 0.5)
+            assert error == pytest.approx(figure["standard_error"], rel=1e-4)
 
 
 def test_the_cost_grows_with_what_is_asked():
@@ -307,7 +325,9 @@ def test_the_cost_grows_with_what_is_asked():
     assert cost(small)["sampling_calls"] < cost(large)["sampling_calls"]
 
 
-def test_a_plan_says_its_command():
+def test_a_plan_says_its_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b.txt").write_text("a text")
     plan = Plan(families=["masked"], minutes=0.5, calls=[4, 16], data="a b.txt", settings=["training.batch=8"])
     args = parser_of(ACTS).parse_args(shlex.split(plan.command())[1:])
     assert _plan(args) == plan
@@ -323,7 +343,8 @@ COMMANDS = [
 ]
 
 
-def test_the_commands_of_the_page_are_plans():
+def test_the_commands_of_the_page_are_plans(home, monkeypatch):
+    monkeypatch.chdir(home)
     assert len(COMMANDS) == 6
     for words in COMMANDS:
         args = parser_of(ACTS).parse_args(words)

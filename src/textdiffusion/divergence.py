@@ -24,7 +24,6 @@ from dataclasses import dataclass
 import numpy as np
 
 NGRAM = 3  # characters
-RESAMPLES = 200  # of the texts, for the standard error
 POINTS = 25  # of the curve
 
 
@@ -70,7 +69,7 @@ def ngrams(text: str, n: int = NGRAM) -> Counter[str]:
     return Counter(text[i : i + n] for i in range(len(text) - n + 1))
 
 
-def divergence(samples: Sequence[str], reference: Sequence[str], seed: int = 0, n: int = NGRAM) -> Divergence:
+def divergence(samples: Sequence[str], reference: Sequence[str], n: int = NGRAM) -> Divergence:
     """The divergence frontier of samples from reference texts.
 
     Raises:
@@ -94,17 +93,20 @@ def divergence(samples: Sequence[str], reference: Sequence[str], seed: int = 0, 
     p, q = p / p.sum(), total / total.sum()
     error = None
     if len(samples) > 1:
-        error = _spread(counts, p, np.random.default_rng(seed))
+        error = _spread(counts, p)
     return Divergence(float(frontier_integral(p, q)), error, *frontier(p, q))
 
 
-def _spread(counts: np.ndarray, p: np.ndarray, generator: np.random.Generator) -> float:
-    """Standard error of the integral, by drawing the texts anew with replacement."""
-    texts = len(counts)
-    weights = generator.multinomial(texts, np.full(texts, 1 / texts), size=RESAMPLES).astype(np.float32)
+def _spread(counts: np.ndarray, p: np.ndarray) -> float:
+    """Standard error of the integral over the texts of counts [texts S]: the jackknife, which leaves out one at a time.
+
+    Its square is in expectation not below the variance with one text less (Efron and Stein 1981): it errs to the safe
+    side, by some 40% on texts of random letters.
+    """
+    texts, total = len(counts), counts.sum(0, dtype=np.float64)
     integrals = []
-    for part in np.array_split(weights, 8):  # a few at a time: a row is as long as there are n-grams
-        drawn = (part @ counts).astype(np.float64)
-        drawn = drawn[drawn.sum(-1) > 0]
-        integrals.append(frontier_integral(p, drawn / drawn.sum(-1, keepdims=True)))
-    return float(np.concatenate(integrals).std(ddof=1))
+    for row in counts:
+        rest = total - row
+        if rest.sum():
+            integrals.append(float(frontier_integral(p, rest / rest.sum())))
+    return float(np.std(integrals) * (texts - 1) ** 0.5)

@@ -145,7 +145,7 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("--out", type=Path, metavar="REPORT", help="folder of the report, made or gone on with")
     p.add_argument("--calls", metavar="8,32,128", help="budgets of network calls to choose for (default: 8,32,128)")
     p.add_argument("--temperatures", metavar="0.5,...,1", help="of the frontier (default: 0.5,0.7,0.85,1)")
-    p.add_argument("--samples", type=int, metavar="N", help="texts for each budget and temperature (default: 64)")
+    p.add_argument("--samples", type=int, metavar="N", help="texts for each budget and temperature (default: 128)")
     p.add_argument("--eval-tokens", type=int, metavar="N", help="read about N held-out tokens (default: 16384)")
     p.add_argument("--draws", type=int, help="noisy copies of each window (default: 2)")
     p.add_argument("--judge", choices=["own", "none"],

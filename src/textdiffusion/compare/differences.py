@@ -10,9 +10,9 @@ from typing import Any
 
 from textdiffusion.errors import UserError
 
-# Times differ from run to run, and what training logs on its way follows from them.
+# Times differ from run to run; what training logs on its way, and what each window adds to an error, say nothing more.
 OF_TIME = ("seconds", "seconds_a_text")
-LEARNING = "learning"
+LEARNING = ("learning", "influence")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Dif
 def _walk(before: Any, after: Any, place: str) -> Iterator[Difference]:
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for key in [*before, *(k for k in after if k not in before)]:
-            if key in OF_TIME or key in (LEARNING, "standard_error"):
+            if key in (*OF_TIME, *LEARNING, "standard_error"):
                 continue
             inner = f"{place}.{key}".lstrip(".")
             if key not in before or key not in after:

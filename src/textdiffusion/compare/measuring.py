@@ -128,7 +128,7 @@ def describe(bench: Bench, texts: Sequence[str], tokens: Sequence[np.ndarray]) -
     for name in ("distinct", "repetition"):
         found[name] = {str(n): value for n, value in found[name].items()}  # as JSON has it
     # Samples are as long as the window, and so are the texts that they are held against.
-    found["divergence"] = asdict(divergence(texts, bench.reference, bench.plan.seed))
+    found["divergence"] = asdict(divergence(texts, bench.reference))
     found["judged"] = None
     if bench.judge is not None:
         nats, sizes = bench.judge.nats(tokens)
@@ -164,10 +164,18 @@ def likelihood(model: Model, bench: Bench) -> dict[str, Any]:
         process, of_calls, bench.tokenizer.characters, bench.tokenizer.spelling, calls=calls, **how
     )  # fmt: skip
     if of_calls is not read:
+        assert first.influence is not None and report.influence is not None
+        influence: list[np.ndarray] = [first.influence[0], *report.influence[1:]]
         report = replace(first, by_calls=report.by_calls)
+    else:
+        assert report.influence is not None
+        influence = list(report.influence)
     if lossy(bench.tokenizer, bench.corpus):
         report = without_kind(report)
     body = report.as_dict()
+    body["by_calls"] = [dict(figure) for figure in body["by_calls"]]  # not the report's own
+    for figure, parts in zip([body, *body["by_calls"]], influence, strict=True):
+        figure["influence"] = [round(part, 7) for part in parts.tolist()]
     body["bits_per_token"] = body["bits_per_char"] * report.characters / report.tokens
     return body | {"windows_for_calls": len(of_calls), "seconds": time.perf_counter() - begin}
 

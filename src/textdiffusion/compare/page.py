@@ -77,9 +77,10 @@ def _verdict(results: Mapping[str, Any]) -> str:
         )
     return (
         "<section><h2>Which family to take</h2>"
-        "<p>Lower is better throughout. A family may use fewer calls than the budget, where that is better. The line "
+        "<p>Lower is better throughout. Each family makes as many calls as it can within the budget. The line "
         "about each dot spans two standard errors to either side; a lead within two standard errors of the difference "
-        'is called level. <span class="note">≤ is an upper bound: the family reaches at least that. Divergence is from '
+        "is called level; that error is taken over the same windows, and is often smaller than the lines suggest. "
+        ' <span class="note">≤ is an upper bound: the family reaches at least that. Divergence is from '
         "0, as text, to 1, nothing in common.</span></p>"
         f'<div class="cards">{"".join(cards)}</div></section>'
     )
@@ -90,7 +91,8 @@ def _question(results: Mapping[str, Any], ask: str, ranking: Ranking, unit: str,
     if ranking.places:
         body.append(f'<p class="take">{_swatch(results, ranking.places[0].family)}</p>')
         words = lead(ranking, unit, digits)
-        body.append(f'<p class="why">{escape(words[0].upper() + words[1:])}.{_infiller(ranking, digits)}</p>')
+        words = words[0].upper() + words[1:]
+        body.append(f'<p class="why">{escape(words)}.{_infiller(ranking, digits)}{_words(results, ranking)}</p>')
         body.append(_dots(results, ranking.places, digits))
     else:
         body.append('<p class="take">None of them</p>')
@@ -101,6 +103,11 @@ def _question(results: Mapping[str, Any], ask: str, ranking: Ranking, unit: str,
         out = "; ".join(f"{', '.join(names)} {reason}" for reason, names in why.items())
         body.append(f'<p class="unable">Not among them: {escape(out)}.</p>')
     return "".join(body) + "</div>"
+
+
+def _words(results: Mapping[str, Any], ranking: Ranking) -> str:
+    share, text = ranking.places[0].words, results["yardsticks"]["held-out text"]
+    return "" if share is None else f" {share:.0%} of its words are words; of held-out text, {text['valid_words']:.0%}."
 
 
 def _infiller(ranking: Ranking, digits: int) -> str:

@@ -39,7 +39,7 @@ class Plan:
     flops: float | None = None  # of training, forward and backward, as torch counts them
     seed: int = 0
     calls: list[int] = field(default_factory=lambda: [8, 32, 128])  # budgets of network calls a text to choose for
-    samples: int = 64  # texts for each budget and temperature
+    samples: int = 128  # texts for each budget and temperature
     temperatures: list[float] = field(default_factory=lambda: [0.5, 0.7, 0.85, 1.0])
     eval_tokens: int = 16384  # of held-out text
     draws: int = 2  # noisy copies of each held-out window

@@ -1,13 +1,15 @@
 """Which family to take for a budget of network calls, and by how much: from the figures, by rules that are stated.
 
-A family may spend a budget of T calls on any of its samplers' budgets up to T: nobody must make a call that does not
-help. Two questions are asked apart, since their answers can differ:
+Each family makes as many calls as it can within the budget (no more than it has tokens, where more would change
+nothing); the best of several budgets is not picked, which would favour whoever has the larger errors. Two questions are
+asked apart, since their answers can differ:
 
 - likelihood: bits per character of held-out text, exact or bounded, of the sampler that makes so many calls. A bound is
   a guarantee: a family ahead by its bound is ahead by at least what it is known to reach; one behind may have slack.
 - samples: divergence of the n-grams that it writes from those of held-out text.
 
-A lead below two standard errors of the difference is called a tie.
+A lead below two standard errors of the difference is called level. Bits per character are read on the same windows, so
+that the error of their difference is taken window by window.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ class Place:
     kind: str  # exact, upper, none; or samples
     infills: bool
     seconds: float | None  # for a text
+    influence: tuple[float, ...] = ()  # of each held-out window on the figure
+    words: float | None = None  # share of a sample's words that occur in the training text
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,10 @@ class Ranking:
 
 
 def _both(a: Place, b: Place) -> float:
+    """Standard error of a difference: window by window where both have read the same ones, whose being easy or hard
+    is then no part of it."""
+    if a.influence and len(a.influence) == len(b.influence):
+        return float(sum((x - y) ** 2 for x, y in zip(a.influence, b.influence, strict=True)) ** 0.5)
     return float((a.error**2 + b.error**2) ** 0.5)
 
 
@@ -75,11 +83,11 @@ def by_likelihood(results: Mapping[str, Any], budget: int) -> Ranking:
             fewest = min((f["calls"] for f in found if f["calls"] is not None), default=None)
             unable[name] = "no bound is known" if fewest is None else f"needs {fewest} calls"
             continue
-        best = min(able, key=lambda f: (f["bits_per_char"], f["calls"]))
+        best = max(able, key=lambda f: f["calls"])
         places.append(
             Place(
                 name, best["bits_per_char"], best["standard_error"] or 0.0, best["calls"], best["kind"],
-                _infills(row), _seconds(row, best["calls"]),
+                _infills(row), _seconds(row, best["calls"]), tuple(best.get("influence", ())),
             )
         )  # fmt: skip
     return Ranking(budget, sorted(places, key=lambda p: p.figure), unable)
@@ -93,9 +101,11 @@ def by_samples(results: Mapping[str, Any], budget: int) -> Ranking:
         if not found:
             unable[name] = f"needs {row['samples']['fewest_calls']} calls"
             continue
-        best = min(found, key=lambda b: (b["divergence"]["integral"], b["calls"]))
+        best = max(found, key=lambda b: b["calls"])
         integral, error = best["divergence"]["integral"], best["divergence"]["standard_error"] or 0.0
-        places.append(Place(name, integral, error, best["calls"], "samples", _infills(row), best["seconds_a_text"]))
+        seconds, words = best["seconds_a_text"], best.get("valid_words")
+        kind, able = "samples", _infills(row)
+        places.append(Place(name, integral, error, best["calls"], kind, able, seconds, words=words))
     return Ranking(budget, sorted(places, key=lambda p: p.figure), unable)
 
 
