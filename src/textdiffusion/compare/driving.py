@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,7 @@ class Comparison:
             f"{bounds['likelihood_calls']:,}"
         )
         # What is fast is measured, and can come out differently on a busy machine: once, for all.
-        once = lambda: {"precision": fastest_precision(torch.device(self.device))}  # noqa: E731
-        self.precision = self._part(SHARED, "precision", once)["precision"]
+        self.precision = self._part(SHARED, "precision", self._fastest)["precision"]
         runs = [(name, name, self._config(name)) for name in plan.families]
         if plan.judge == "own":
             runs.append((JUDGE, "autoregressive", self._judge_config()))
@@ -93,12 +93,16 @@ class Comparison:
         rows = {}
         for name in plan.families:
             rows[name] = self._measure(name, bench)
-        found = self._part(SHARED, "yardsticks", lambda: yardsticks(bench))
+        found = self._part(SHARED, "yardsticks", partial(yardsticks, bench))
         results = {"format": FORMAT, "plan": plan.as_dict(), "protocol": self._protocol(bench), "rows": rows}
         results |= {"yardsticks": found, "cost": bounds}
         write(self.out / "results.json", json.dumps(results, indent=1) + "\n")
         self.say(f"measured in {clock(time.perf_counter() - begin)}")
         return results
+
+    def _fastest(self) -> dict[str, Any]:
+        asked = self.plan.config(self.plan.families[0], 1).training.precision
+        return {"precision": fastest_precision(torch.device(self.device)) if asked == "auto" else asked}
 
     # -- training -------------------------------------------------------------------------------------------------
     def _path(self, name: str) -> Path:
@@ -180,7 +184,7 @@ class Comparison:
             for part, act in PARTS.items():
                 if kept.get(part) is None:
                     self.say(f"{name}: {part}")
-                    self._part(name, part, lambda act=act: act(model, bench))  # type: ignore[misc]
+                    self._part(name, part, partial(act, model, bench))
         kept = self._kept(name)
         return {part: kept[part] for part in ("training", *PARTS)}
 

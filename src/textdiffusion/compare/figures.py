@@ -84,7 +84,7 @@ class _Plot:
         self.figure.savefig(path, format="png", dpi=160, metadata={"Software": None})
 
     def plain(self, axis: str) -> None:
-        """A log scale with plain numbers: 0.02, 0.05, 0.1, ..."""
+        """A log scale with plain numbers: 0.1, 0.15, 0.2, 0.3, ..."""
         ticker = importlib.import_module("matplotlib.ticker")
         if axis == "x":
             self.axes.set_xscale("log")
@@ -92,7 +92,7 @@ class _Plot:
         else:
             self.axes.set_yscale("log")
             scale = self.axes.yaxis
-        scale.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        scale.set_major_locator(ticker.LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         scale.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         scale.set_minor_locator(ticker.NullLocator())
 
