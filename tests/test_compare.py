@@ -301,6 +301,12 @@ def test_the_verdict_is_the_lowest_figure_at_the_budget():
     assert "the only one" in sentence(by_likelihood({"rows": {"a": row(exact=1.0)}}, 64), "bits/char")
 
 
+def test_a_rough_figure_further_behind_is_not_called_the_second():
+    rows = {"masked": row(bounds=[(8, 3.0)]), "uniform": row(bounds=[(8, 3.2)]), "block": row(bounds=[(8, 4)], error=1)}
+    said = sentence(by_likelihood({"rows": rows}, 8), "bits/char")
+    assert said == "masked, ahead of uniform by 0.200 ± 0.014 bits/char; the figure of block is too rough to tell"
+
+
 def test_a_lead_on_the_same_windows_is_judged_window_by_window():
     near, far = row(bounds=[(8, 3.0)], error=0.5), row(bounds=[(8, 3.1)], error=0.5)
     rows = {"masked": near, "uniform": far}

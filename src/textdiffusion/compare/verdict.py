@@ -126,10 +126,13 @@ def lead(ranking: Ranking, unit: str, digits: int = 3) -> str:
     by = ranking.lead
     if by is None:
         return f"the only one: {ranking.places[0].figure:.{digits}f} {unit}"
-    if len(ranking.tied) > 1:
-        others = " and ".join(p.family for p in ranking.tied[1:])
-        return f"level with {others}: the lead of {by[0]:.{digits}f} {unit} is within its error"
-    return f"ahead of {ranking.places[1].family} by {by[0]:.{digits}f} ± {by[1]:.{digits}f} {unit}"
+    second, level = ranking.places[1], ranking.tied[1:]
+    others = " and ".join(p.family for p in level)
+    if second in level:
+        return f"level with {others}: the lead of {by[0]:.{digits}f} {unit} over {second.family} is within its error"
+    ahead = f"ahead of {second.family} by {by[0]:.{digits}f} ± {by[1]:.{digits}f} {unit}"
+    # One further behind whose figure is less sharp.
+    return f"{ahead}; the figure of {others} is too rough to tell" if level else ahead
 
 
 def sentence(ranking: Ranking, unit: str, digits: int = 3) -> str:
