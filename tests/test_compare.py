@@ -153,6 +153,14 @@ def test_the_page_answers_and_needs_nothing_else(home, results):
     assert "#0102" not in page and "#0102" not in (home / "first/figures/calls.svg").read_text()
 
 
+def test_too_short_a_text_is_refused_before_anything_is_trained(home, capsys):
+    short = home / "short.txt"
+    short.write_text((home / "my.txt").read_text()[:700])
+    assert main(["compare", "--data", str(short), "--out", str(home / "none"), *FLAGS]) == 2
+    assert "less than 4 whole windows" in capsys.readouterr().err
+    assert not (home / "none/runs").exists()
+
+
 def test_its_folder_takes_no_other_comparison(home, capsys):
     words = ["compare", "--data", str(home / "my.txt"), "--out", str(home / "first"), *FLAGS, "--seed", "1"]
     assert main(words) == 2

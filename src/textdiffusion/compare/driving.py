@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from textdiffusion.compare.judging import Judge, OwnJudge
-from textdiffusion.compare.measuring import PARTS, Bench, cost, yardsticks
+from textdiffusion.compare.measuring import PARTS, Bench, check_text, cost, yardsticks
 from textdiffusion.compare.plan import JUDGE, Plan, write
 from textdiffusion.config import RunConfig, read_config
 from textdiffusion.data import fingerprint
@@ -84,6 +84,7 @@ class Comparison:
         runs = [(name, name, self._config(name)) for name in plan.families]
         if plan.judge == "own":
             runs.append((JUDGE, "autoregressive", self._judge_config()))
+        self._part(SHARED, "held_out", partial(check_text, plan, runs[0][2]))
         for number, (name, family, config) in enumerate(runs, 1):
             self.say(f"[{number} of {len(runs)}] {name}")
             self._train(name, family, config)

@@ -17,10 +17,12 @@ import torch
 from textdiffusion.compare.gaming import GAMES, held_out, played
 from textdiffusion.compare.judging import Judge
 from textdiffusion.compare.plan import Plan
-from textdiffusion.data import WORD, Corpus, evaluation_windows, tokenize, word_set
+from textdiffusion.config import RunConfig
+from textdiffusion.data import WORD, Corpus, TokenRuns, evaluation_windows, tokenize, word_set
 from textdiffusion.divergence import divergence
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import MOST_COPIES, evaluate, text_statistics
+from textdiffusion.fit import prepare
 from textdiffusion.model import BATCH, Model
 from textdiffusion.noise import Noise
 from textdiffusion.process import HasCurve, Process
@@ -63,14 +65,7 @@ class Bench:
         Raises:
             UserError: too little held-out text.
         """
-        tokens = tokenize(corpus, tokenizer)
-        windows = evaluation_windows(tokens["validation"], plan.length, limit=plan.eval_tokens)
-        every = evaluation_windows(tokens["validation"], plan.length, limit=REFERENCE)
-        if sum(len(w) == plan.length for w in every) < 4:
-            raise UserError(
-                f"{corpus.name} holds out less than 4 windows of {plan.length} tokens; give more text, a smaller "
-                "--length, or --set data.validation_share=0.2"
-            )
+        tokens, windows, every = _cut(plan, corpus, tokenizer)
         shown, rest = held_out(every, plan.length, plan.samples)
         words, searched, size = word_set(corpus), list[str](), 0
         for text in corpus.train:
@@ -83,6 +78,30 @@ class Bench:
             plan, corpus, tokenizer, windows, shown, reference, np.asarray(tokens["train"].tokens), words,
             searched, _word(searched, tokenizer, plan.length), run_length, judge,
         )  # fmt: skip
+
+
+def _cut(
+    plan: Plan, corpus: Corpus, tokenizer: Tokenizer
+) -> tuple[dict[str, TokenRuns], list[np.ndarray], list[np.ndarray]]:
+    tokens = tokenize(corpus, tokenizer)
+    windows = evaluation_windows(tokens["validation"], plan.length, limit=plan.eval_tokens)
+    every = evaluation_windows(tokens["validation"], plan.length, limit=REFERENCE)
+    if min(sum(len(w) == plan.length for w in some) for some in (windows, every)) < 4:
+        raise UserError(
+            f"less than 4 whole windows of {plan.length} tokens are held out of {corpus.name}, or read of that; give "
+            "more text, a smaller --length, more --eval-tokens, or --set data.validation_share=0.2"
+        )
+    return tokens, windows, every
+
+
+def check_text(plan: Plan, config: RunConfig) -> dict[str, int]:
+    """Refuse a text too short to measure anything with, before anything is trained; how many windows are read.
+
+    Raises:
+        UserError: saying what to change.
+    """
+    corpus, tokenizer, _ = prepare(config)
+    return {"windows": len(_cut(plan, corpus, tokenizer)[1])}
 
 
 def _word(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> str | None:
