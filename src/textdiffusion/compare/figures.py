@@ -120,7 +120,7 @@ def _learnt(plot: _Plot, across: Callable[[Mapping[str, Any], Mapping[str, Any]]
         at = [across(row["training"], point) for point in curve]
         plot.axes.plot(at, up, markersize=3.5, linewidth=1.5, **plot.style(family))
         low.append(min(up))
-        high.append(up[min(1, len(up) - 1)])
+        high.append(up[1] if len(up) > 3 else up[0])  # the first of many would flatten all that follows
     plot.axes.set_ylim(min(low) - 0.1, max(high) + 0.2)
     plot.finish(name, "held-out bits per character")
 
@@ -186,8 +186,8 @@ def _frontier(plot: _Plot) -> None:
         plot.axes.plot(*at, marker="*" if text else "x", color=plot.palette.ink, markersize=11 if text else 7,
                        linestyle="none")  # fmt: skip
         plot.axes.annotate(
-            name, at, xytext=(7, -3), textcoords="offset points", fontsize=8.5, color=plot.palette.ink,
-            style="normal" if text else "italic",
+            name, at, xytext=(-8, -3) if text else (7, -3), textcoords="offset points", fontsize=8.5,
+            color=plot.palette.ink, style="normal" if text else "italic", ha="right" if text else "left",
         )  # fmt: skip
     plot.plain("y")
     plot.axes.margins(x=0.12)
