@@ -17,11 +17,11 @@ FLOORS = [
     {"process", "drafts", "conditioning", "absorbing", "replacing", "coded"}
     | {"steps.unmasking", "steps.renewing", "steps.ordering", "steps.denoising"},
     {"families"},  # and every file in families/
-    {"data", "settings", "training", "sampling", "constraints", "evaluation", "template"}
+    {"data", "settings", "training", "sampling", "constraints", "divergence", "evaluation", "template"}
     | {"deterministic_order", "pacing", "recommendation"},
     {"config", "run", "presets", "card", "fit", "model", "report", "catalogue", "verification"}
     | {"frames", "plots", "replay", "watching"},  # and every file in replay/ and verification/
-    {"doctor", "terminal", "demo", "flags", "cli", "ui", "__main__"},  # and every file in ui/
+    {"doctor", "terminal", "demo", "flags", "cli", "compare", "ui", "__main__"},  # and every file in compare/ and ui/
 ]
 
 
@@ -37,7 +37,7 @@ def rooms() -> dict[str, ast.Module]:
 def floor(room: str) -> int:
     if room.startswith("families."):
         return 2
-    room = room.split(".")[0] if room.startswith(("replay.", "verification.", "ui.")) else room
+    room = room.split(".")[0] if room.startswith(("replay.", "verification.", "compare.", "ui.")) else room
     matches = [i for i, names in enumerate(FLOORS) if room in names]
     assert matches, f"{room} has no floor: say in tests/test_architecture.py where it belongs"
     return matches[0]

@@ -69,7 +69,7 @@ def test_help_lists_the_verbs_and_is_quick():
     begin = time.perf_counter()
     text = outside("--help")
     assert time.perf_counter() - begin < 5  # without torch: the next check says why it is quick
-    for verb in ("demo", "train", "sample", "eval", "ui", "families", "doctor"):
+    for verb in ("demo", "train", "sample", "eval", "compare", "ui", "families", "doctor"):
         assert verb in text
     code = "import sys, textdiffusion.cli as c; c.parser_of(c.ACTS); "
     code += "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"

@@ -275,6 +275,15 @@ def _numbers(text: str) -> list[int]:
     return found
 
 
+# -- compare ------------------------------------------------------------------------------------------------------
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from textdiffusion.compare.command import compare
+
+    return compare(args, _console(args.json))
+
+
 # -- ui -----------------------------------------------------------------------------------------------------------
 
 
@@ -352,6 +361,6 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 ACTS = {
-    "demo": _demo, "train": _train, "sample": _sample, "eval": _eval, "ui": _ui, "verify": _verify,
+    "demo": _demo, "train": _train, "sample": _sample, "eval": _eval, "compare": _compare, "ui": _ui, "verify": _verify,
     "families": _families, "doctor": _doctor,
 }  # fmt: skip

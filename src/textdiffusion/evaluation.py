@@ -53,6 +53,9 @@ class Report:
     windows: int = 0
     tokens: int = 0
     characters: int = 0
+    # What each window adds to the error of each figure, bits/char [1 + by_calls, windows]: the squares' sum is the
+    # standard error's square, and that of two models' difference on the same windows is their difference's.
+    influence: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -144,14 +147,14 @@ def evaluate(
         unsaid = np.array([spelling[w].sum() for w in windows])
         totals += unsaid.sum()
         spread += unsaid - unsaid.mean() * sizes / sizes.mean()
-    figures = []
+    figures, influence = [], None
+    if len(windows) > 1:
+        influence = spread[: len(kinds)] * (len(windows) / (len(windows) - 1)) ** 0.5 / sizes.sum() * BITS
     for j, kind in enumerate(kinds):
-        error = None
-        if len(windows) > 1:
-            error = float((spread[j] ** 2).sum() * len(windows) / (len(windows) - 1)) ** 0.5 / sizes.sum() * BITS
+        error = None if influence is None else float((influence[j] ** 2).sum()) ** 0.5
         figures.append(Figure(float(totals[j] / sizes.sum() * BITS), error, *kind))
     tokens = int(sum(len(w) for w in windows))
-    return Report(figures[0], figures[1:], curve, len(windows), tokens, int(sizes.sum()))
+    return Report(figures[0], figures[1:], curve, len(windows), tokens, int(sizes.sum()), influence)
 
 
 def _by_draws(

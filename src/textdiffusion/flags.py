@@ -129,6 +129,31 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("--top-p", type=float, help="of the samples")
     p.add_argument("--seed", type=int, default=0)
 
+    p = verb("compare", "train and measure several families alike, and write a page that says which to take")
+    p.add_argument("--families", metavar="A,B,...", help="see `textdiffusion families` (default: all of them)")
+    p.add_argument("--data", metavar="pydoc|PATH|hf:NAME", help="as for train (default: pydoc, built in)")
+    p.add_argument("--text-field", help="field of the text in .jsonl, .csv, .parquet and hub data (default: text)")
+    p.add_argument("--tokenizer", metavar="char|byte|bpe:N|hf:NAME", help="(default: char)")
+    p.add_argument("--length", type=int, help="tokens of a window (default: 64)")
+    p.add_argument("--depth", type=int, help="blocks of every network; width and heads follow (default: 3)")
+    budget = p.add_mutually_exclusive_group()
+    budget.add_argument("--steps", type=int, help="optimiser steps of each family")
+    budget.add_argument("--minutes", type=float, help="minutes of training of each family (default: 5)")
+    budget.add_argument("--flops", type=float, help="arithmetic of training of each family, such as 1e13")
+    p.add_argument("--out", type=Path, metavar="REPORT", help="folder of the report, made or gone on with")
+    p.add_argument("--calls", metavar="8,32,128", help="budgets of network calls to choose for (default: 8,32,128)")
+    p.add_argument("--temperatures", metavar="0.5,...,1", help="of the frontier (default: 0.5,0.7,0.85,1)")
+    p.add_argument("--samples", type=int, metavar="N", help="texts for each budget and temperature (default: 128)")
+    p.add_argument("--eval-tokens", type=int, metavar="N", help="read about N held-out tokens (default: 16384)")
+    p.add_argument("--draws", type=int, help="noisy copies of each window (default: 2)")
+    p.add_argument("--judge", choices=["own", "none"],
+                   help="of the samples: an autoregressive run of its own, or none (default: own)")  # fmt: skip
+    p.add_argument("--seed", type=int, help="(default: 0)")
+    p.add_argument("--set", action="append", metavar="PART.KEY=VALUE", dest="settings",
+                   help="for every run; a process field for those families that have it; may be repeated")  # fmt: skip
+    p.add_argument("--from", type=Path, metavar="RESULTS", dest="results",
+                   help="do again what this results.json is of, and say what differs")  # fmt: skip
+
     p = verb("ui", "serve a page: write, edit, compare, look inside (needs the extra ui)", False)
     p.add_argument(
         "runs",

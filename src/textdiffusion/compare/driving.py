@@ -1,0 +1,252 @@
+"""Trains what is not trained, measures what is not measured, and gathers it in results.json.
+
+REPORT/plan.json           what is compared
+REPORT/runs/NAME           the runs, as `textdiffusion train` makes them; finished ones are taken as they are
+REPORT/measured/NAME.json  figures of a run, kept part by part; shared.json: what belongs to no run
+REPORT/results.json        all figures, the plan, and what they were made with
+REPORT/index.html          the page; REPORT/figures has its plots
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from textdiffusion.compare.judging import Judge, OwnJudge
+from textdiffusion.compare.measuring import PARTS, Bench, check_text, cost, yardsticks
+from textdiffusion.compare.plan import JUDGE, Plan, write
+from textdiffusion.config import RunConfig, read_config
+from textdiffusion.data import fingerprint
+from textdiffusion.doctor import machine
+from textdiffusion.errors import UserError
+from textdiffusion.fit import prepare
+from textdiffusion.model import load
+from textdiffusion.noise import Noise
+from textdiffusion.process import count_parameters
+from textdiffusion.run import Run, build
+from textdiffusion.settings import Precision
+from textdiffusion.terminal import clock, follow
+from textdiffusion.training import fastest_precision
+
+FORMAT = 1
+SHARED = "shared"  # among what is measured: what belongs to no run
+
+
+class Interrupted(Exception):
+    """A signal came while a run was trained; what is there is kept."""
+
+    def __init__(self, signal: int):
+        super().__init__(signal)
+        self.signal = signal
+
+
+@dataclass
+class Comparison:
+    """A comparison under way in a folder."""
+
+    plan: Plan
+    out: Path
+    device: str
+    console: Console
+    quiet: bool = False
+    precision: Precision = "auto"
+
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def run(self) -> dict[str, Any]:
+        """Do what is left to do; returns what results.json holds.
+
+        Raises:
+            UserError: unusable text or settings.
+            Interrupted: by a signal, after saving.
+        """
+        plan, begin = self.plan, time.perf_counter()
+        bounds = cost(plan)
+        self.say(
+            f"{len(plan.families)} families, {plan.budget} of training each; then of each {bounds['texts_written']:,} "
+            f"texts, in at most {bounds['sampling_calls']:,} network calls, and its likelihood, in about "
+            f"{bounds['likelihood_calls']:,}"
+        )
+        # What is fast is measured, and can come out differently on a busy machine: once, for all.
+        self.precision = self._part(SHARED, "precision", self._fastest)["precision"]
+        runs = [(name, name, self._config(name)) for name in plan.families]
+        if plan.judge == "own":
+            runs.append((JUDGE, "autoregressive", self._judge_config()))
+        self._part(SHARED, "held_out", partial(check_text, plan, runs[0][2]))
+        for number, (name, family, config) in enumerate(runs, 1):
+            self.say(f"[{number} of {len(runs)}] {name}")
+            self._train(name, family, config)
+        first = Run.open(self._path(plan.families[0]))
+        corpus, tokenizer, _ = prepare(first.config, first.tokenizer)
+        bench = Bench.of(plan, corpus, tokenizer, self._judge())
+        rows = {}
+        for name in plan.families:
+            rows[name] = self._measure(name, bench)
+        found = self._part(SHARED, "yardsticks", partial(yardsticks, bench))
+        results = {"format": FORMAT, "plan": plan.as_dict(), "protocol": self._protocol(bench), "rows": rows}
+        results |= {"yardsticks": found, "cost": bounds}
+        write(self.out / "results.json", json.dumps(results, indent=1) + "\n")
+        self.say(f"measured in {clock(time.perf_counter() - begin)}")
+        return results
+
+    def _fastest(self) -> dict[str, Any]:
+        asked = self.plan.config(self.plan.families[0], 1).training.precision
+        return {"precision": fastest_precision(torch.device(self.device)) if asked == "auto" else asked}
+
+    # -- training -------------------------------------------------------------------------------------------------
+    def _path(self, name: str) -> Path:
+        return self.out / "runs" / name
+
+    def _config(self, family: str) -> RunConfig:
+        if self.plan.flops is None:
+            return self.plan.config(family)
+        return self.plan.config(family, self._steps(family))
+
+    def _judge_config(self) -> RunConfig:
+        # Another seed: a model must not be its own judge. Its kind's n-gram embeddings: the better judge.
+        steps = None if self.plan.flops is None else self._steps("autoregressive")
+        return self.plan.config("autoregressive", steps, self.plan.seed + 1, ngrams=5)
+
+    def _steps(self, family: str) -> int:
+        """Optimiser steps that hold the budget of arithmetic: one is counted, none is made."""
+        config = self.plan.config(family, 1)
+        _, _, config = prepare(config)
+        flops = flops_of_a_step(config)
+        assert self.plan.flops is not None
+        if flops > self.plan.flops:
+            raise UserError(f"a step of {family} is {flops:.3g} FLOPs; give --flops of many times that")
+        return int(self.plan.flops // flops)
+
+    def _train(self, name: str, family: str, config: RunConfig) -> None:
+        if self._kept(name).get("training") is not None:
+            return
+        path = self._path(name)
+        resume = (path / "config.json").exists()
+        if resume:
+            there = read_config(path)
+            for field in ("family", "tokenizer", "network"):
+                if (old := getattr(there, field)) != (new := getattr(config, field)):
+                    raise UserError(f"{path} is a run with another {field}, {old} and not {new}; choose another --out")
+            if there.data != config.data:
+                raise UserError(f"{path} is a run on another text, {there.data.source}; choose another --out")
+        if config.training.precision == "auto":
+            config = replace(config, training=replace(config.training, precision=self.precision))
+        stopped = follow(config, path, resume, self.device, self.console, self.quiet)
+        if stopped.signal is not None:
+            raise Interrupted(stopped.signal)
+        config = read_config(path)
+        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        learning = [json.loads(line) for line in lines]
+        keep = ("step", "seconds", "bits_per_char", "objective", "kind")
+        self._keep(
+            name,
+            "training",
+            {
+                "family": family,
+                "parameters": count_parameters(build(config).network),
+                "steps": stopped.step,
+                "seconds": stopped.seconds,
+                "precision": config.training.precision,
+                "batch": config.training.batch,
+                "flops": flops_of_a_step(config) * stopped.step,
+                "network": config.network,
+                "process": config.process,
+                "settings": asdict(config.training),
+                "learning": [{k: line[k] for k in keep} for line in learning],
+            },
+        )
+
+    # -- measuring ------------------------------------------------------------------------------------------------
+    def _judge(self) -> Judge | None:
+        if self.plan.judge == "none":
+            return None
+        return OwnJudge(load(self._path(JUDGE), self.device, "fp32"))
+
+    def _measure(self, name: str, bench: Bench) -> dict[str, Any]:
+        kept = self._kept(name)
+        if any(kept.get(part) is None for part in PARTS):
+            model = load(self._path(name), self.device, self.precision)
+            if model.config.text != fingerprint(bench.corpus):
+                raise UserError(f"{self._path(name)} was trained on another text; choose another --out")
+            if model.tokenizer.to_json() != bench.tokenizer.to_json():
+                raise UserError(f"{self._path(name)} has a tokenizer of its own; choose another --out")
+            for part, act in PARTS.items():
+                if kept.get(part) is None:
+                    self.say(f"{name}: {part}")
+                    self._part(name, part, partial(act, model, bench))
+        kept = self._kept(name)
+        return {part: kept[part] for part in ("training", *PARTS)}
+
+    def _kept(self, name: str) -> dict[str, Any]:
+        file = self.out / "measured" / f"{name}.json"
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            raise UserError(f"{file} is damaged; delete it, and what it held is measured again") from None
+
+    def _keep(self, name: str, part: str, body: dict[str, Any]) -> None:
+        (self.out / "measured").mkdir(exist_ok=True)
+        write(self.out / "measured" / f"{name}.json", json.dumps(self._kept(name) | {part: body}, indent=1) + "\n")
+
+    def _part(self, name: str, part: str, act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        kept = self._kept(name).get(part)
+        if kept is None:
+            kept = act()
+            self._keep(name, part, kept)
+        return dict(kept)
+
+    def _protocol(self, bench: Bench) -> dict[str, Any]:
+        plan, corpus = self.plan, bench.corpus
+        return {
+            "text": corpus.name,
+            "provenance": corpus.provenance,
+            "fingerprint": fingerprint(corpus),
+            "training_tokens": len(bench.training),
+            "tokenizer": bench.tokenizer.describe(),
+            "vocabulary": bench.tokenizer.vocabulary,
+            "packing": (
+                "windows of one length cut from the text, documents end to end with an end-of-text token between"
+                if corpus.has_documents
+                else "windows of one length cut from the text"
+            ),
+            "length": plan.length,
+            "held_out": {
+                "windows": len(bench.windows),
+                "tokens": int(sum(map(len, bench.windows))),
+                "reading": "windows do not overlap, no context is carried over, each starts from an end-of-text token",
+            },
+            "bounds": "exact or an upper bound, as each figure says; bounds for T calls are of the sampler named there",
+            "time_sampling": f"stratified over windows; {plan.draws} noisy copies of each, or as many as a curve needs",
+            "sampling_precision": f"network in {self.precision}, draws in float64 by inverse law",
+            "training_precision": sorted({str(self._kept(n)["training"]["precision"]) for n in plan.families}),
+            "seeds": {"training": plan.seed, "judge": plan.seed + 1, "sampling": plan.seed},
+            "judge": None if bench.judge is None else bench.judge.name,
+            "calls": "network evaluations, counted",
+            "machine": machine(self.device),
+            "command": plan.command(),
+        }
+
+
+def flops_of_a_step(config: RunConfig) -> float:
+    """Multiplications and additions of one optimiser step, forward and backward, as torch counts them."""
+    process = build(config)
+    rows = min(config.training.batch, 2)
+    x = torch.zeros(rows, int(config.network["window"]), dtype=torch.long)
+    # The fused attention of a CPU is not counted; its plain form is the same arithmetic.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        process.loss(x, Noise.of(0, rows)).mean().backward()
+    return counter.get_total_flops() * config.training.batch / rows
