@@ -164,7 +164,9 @@ def summarise(
         rows.append(row | quality(texts, cut(key[2], len(texts), 0), words, judge))
     if bounds:
         for run, model in runs.items():
-            windows = evaluation_windows(tokenize(corpus, model.tokenizer)["validation"], model.window, BOUND_TOKENS)
+            windows = evaluation_windows(
+                tokenize(corpus, model.tokenizer)["validation"], model.window, limit=BOUND_TOKENS
+            )
             wanted = {(r["sampler"], r["grid"], r["calls"]) for r in rows if r["run"] == run}
             likes[run] = likelihoods(model, windows, wanted)
     return {"text": corpus.name, "judge": judge.config.family, "held_out": real, "rows": rows, "likelihoods": likes}

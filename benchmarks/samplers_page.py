@@ -82,7 +82,8 @@ def write_up(found: dict[str, Any]) -> str:
         "much held-out text; seconds are of the processor, a text, on one busy core. `auto` is the sampler of lowest "
         f"judged bits/char among those whose entropy is at least {MATCHED:.0%} of that of held-out text (all, if none "
         "is), at temperature 1: **bold**. `python benchmarks/samplers.py RUN ... --judge RUN` measures this, and goes "
-        "on where it was stopped; what is not in a table has not been measured.\n\n"
+        "on where it was stopped; what is not in a table has not been measured, and a dash "
+        "in the last column stands where no likelihood is known, or it has not been.\n\n"
         "![quality against calls](samplers.svg)\n"
     )
     for run in dict.fromkeys(r["run"] for r in found["rows"]):
