@@ -236,6 +236,7 @@ class Comparison:
             "seeds": {"training": plan.seed, "judge": plan.seed + 1, "sampling": plan.seed},
             "judge": None if bench.judge is None else bench.judge.name,
             "calls": "network evaluations, counted",
+            "samplers": "bounds are of a family's first sampler; samples of the one recommended at so many calls",
             "machine": machine(self.device),
             "command": plan.command(),
         }

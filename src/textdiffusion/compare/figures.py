@@ -213,7 +213,8 @@ def _missed(plot: _Plot) -> None:
 FIGURES: dict[str, tuple[str, str, Callable[[_Plot], None]]] = {
     "calls": (
         "Bits per character against network calls",
-        "Of the very sampler that makes so many calls; bars are two standard errors. Left to right takes one a token.",
+        "Of the family's first sampler, at exactly so many calls; bars are two standard errors. Left to right takes a "
+        "call a token.",
         _calls,
     ),
     "learning": (

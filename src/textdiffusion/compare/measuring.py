@@ -119,12 +119,15 @@ def _word(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> str | None
 
 @dataclass(frozen=True)
 class Written:
-    """Texts with their tokens, the most network calls that one took, and the time of all."""
+    """Texts with their tokens, the most network calls that one took, the time of all, and what sampler and grid made
+    them: those that the family is recommended at so many calls."""
 
     texts: list[str]
     tokens: list[np.ndarray]
     calls: int
     seconds: float
+    sampler: str
+    grid: str
 
 
 def write_texts(model: Model, n: int, calls: int, seed: int, **how: Any) -> Written:
@@ -138,7 +141,7 @@ def write_texts(model: Model, n: int, calls: int, seed: int, **how: Any) -> Writ
         texts += last.texts
         tokens += [row.cpu().numpy() for row in last.frame.tokens]
         made = max(made, int(last.frame.calls.max()))
-    return Written(texts, tokens, made, time.perf_counter() - begin)
+    return Written(texts, tokens, made, time.perf_counter() - begin, *model.used)
 
 
 def describe(bench: Bench, texts: Sequence[str], tokens: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -265,6 +268,7 @@ def samples(model: Model, bench: Bench) -> dict[str, Any]:
         written = write_texts(model, plan.samples, budget, plan.seed)
         body = describe(bench, written.texts, written.tokens) | {"calls": written.calls}
         body |= {"seconds_a_text": written.seconds / plan.samples, "texts": written.texts[:SHOWN]}
+        body |= {"sampler": written.sampler, "grid": written.grid}
         if bench.word is not None:
             body["contain_word"] = sum(bench.word in text for text in written.texts) / plan.samples
         found[str(budget)] = body

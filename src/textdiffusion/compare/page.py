@@ -159,7 +159,9 @@ def _texts(results: Mapping[str, Any]) -> str:
                 needs = f": cannot; needs {row['samples']['fewest_calls']} calls"
                 body.append(f'<div class="by unable-here">{_swatch(results, name)}{needs}</div>')
                 continue
-            made = "" if found["calls"] == budget else f", {found['calls']} calls made"
+            made = f": {escape(found['sampler'])}" + (
+                "" if found["calls"] == budget else f", {found['calls']} calls made"
+            )
             body.append(f'<div class="by">{_swatch(results, name)}{made}</div>')
             for text in found["texts"][:2]:
                 cut = text if len(text) <= SHOWN else text[:SHOWN] + "…"
@@ -183,6 +185,7 @@ def _protocol(results: Mapping[str, Any]) -> str:
         "held out": f"{held['tokens']:,} tokens in {held['windows']:,} windows; {held['reading']}",
         "bounds": protocol["bounds"],
         "time sampling": protocol["time_sampling"],
+        "samplers": protocol["samplers"],
         "network calls": protocol["calls"],
         "sampling precision": protocol["sampling_precision"],
         "training precision": ", ".join(protocol["training_precision"]),

@@ -134,7 +134,7 @@ def _described(body: Mapping[str, Any], calls: int | None, text: Mapping[str, An
 
     law = body["divergence"]
     cells = [
-        _cell("" if calls is None else str(calls)),
+        _cell("" if calls is None else f"{calls} <small>{escape(body['sampler'])}</small>"),
         _cell(_plus(law["integral"], law["standard_error"], 3)),
         _cell(f"{body['valid_words']:.1%}", flag(body["valid_words"] < text["valid_words"] - SHARE)),
         _cell(f"{body['entropy']:.2f}", flag(body["entropy"] < text["entropy"] - BITS)),
