@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from small_runs import small_run
 from textdiffusion.cli import ACTS, main
 from textdiffusion.compare import measuring
 from textdiffusion.compare.command import _plan
@@ -25,6 +26,7 @@ from textdiffusion.compare.gaming import GAMES, played
 from textdiffusion.compare.measuring import accuracy, calls_of_a_bound, cost
 from textdiffusion.compare.plan import Plan
 from textdiffusion.compare.verdict import by_likelihood, by_samples, sentence
+from textdiffusion.errors import UserError
 from textdiffusion.flags import parser_of
 from textdiffusion.presets import configure
 from textdiffusion.process import as_network
@@ -345,6 +347,12 @@ def test_a_plan_says_its_command(tmp_path, monkeypatch):
     plan = Plan(families=["masked"], minutes=0.5, calls=[4, 16], data="a b.txt", settings=["training.batch=8"])
     args = parser_of(ACTS).parse_args(shlex.split(plan.command())[1:])
     assert _plan(args) == plan
+
+
+def test_a_family_that_cannot_be_held_says_so(tmp_path):
+    """None of its samplers can be recommended then; the table has the refusal, not a traceback."""
+    with pytest.raises(UserError, match="cannot be held"):
+        small_run(tmp_path / "bits", "analog_bits", 24).model.sample(1, must_contain="bright")
 
 
 # -- docs/evaluation.md -------------------------------------------------------------------------------------------

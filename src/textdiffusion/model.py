@@ -101,7 +101,7 @@ class Model:
         """The name of the sampler that "auto" means for ``calls`` calls and so many tokens to write; ``held``: to a
         pattern, which not every sampler can be."""
         able = [name for name, step in self.process.steps.items() if not held or isinstance(step, HasDraft)]
-        return recommend(self.config.family, calls / max(free, 1), able)
+        return recommend(self.config.family, calls / max(free, 1), able or list(self.process.steps))  # refused later
 
     @property
     def window(self) -> int:
