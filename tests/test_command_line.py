@@ -250,7 +250,7 @@ def test_a_pipe_gets_plain_lines(tmp_path):
         (["sample", "RUN", "--prompt", "\udcff"], "Unicode"),
         (["sample", "NULLED"], "training"),
         (["sample", "MIXED"], "tokenizer.json"),
-        (["eval", "RUN", "--sampler", "margin", "--calls", "2"], "no bound is known"),
+        (["eval", "RUN", "--sampler", "remask", "--calls", "2"], "no bound is known"),
         (["eval", "RUN", "--split", "test"], "test part"),
         (["eval", "RUN", "--data", "nowhere.txt"], "nowhere.txt"),
         (["train", "--out", "RUN"], "--resume"),
