@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from subjects import Plan, Size, draw_all, learner_of, micro, process_of
-from textdiffusion.data import TokenRuns, Windows
 from textdiffusion.families import names
 from textdiffusion.noise import Noise
+from textdiffusion.windows import TokenRuns, Windows
 
 KINDS = (
     ("matrix products", ("mm", "linear", "matmul")),

@@ -27,11 +27,12 @@ import torch
 from samplers_page import write_page
 
 import textdiffusion as td
-from textdiffusion.data import evaluation_windows, tokenize, word_set
+from textdiffusion.data import tokenize, word_set
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import evaluate, whole_words
 from textdiffusion.fit import prepare
 from textdiffusion.grids import GRIDS
+from textdiffusion.windows import evaluation_windows
 
 HERE = Path(__file__).parent
 PART = 32  # texts

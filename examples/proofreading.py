@@ -11,8 +11,9 @@ import sys
 import numpy as np
 
 import textdiffusion as td
-from textdiffusion.data import evaluation_windows, tokenize
+from textdiffusion.data import tokenize
 from textdiffusion.fit import prepare
+from textdiffusion.windows import evaluation_windows
 
 
 def measure(model: td.Model, share: float, windows: int = 64, seed: int = 0) -> dict[str, float]:

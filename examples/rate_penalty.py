@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 import textdiffusion as td
-from textdiffusion.data import evaluation_windows, tokenize
+from textdiffusion.data import tokenize
 from textdiffusion.errors import UserError
 from textdiffusion.fit import prepare
 from textdiffusion.noise import Noise
+from textdiffusion.windows import evaluation_windows
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from textdiffusion.data import Windows, evaluation_windows, tokenize
+from textdiffusion.data import tokenize
 from textdiffusion.errors import UserError
 from textdiffusion.fit import prepare
 from textdiffusion.noise import Noise
@@ -34,6 +34,7 @@ from textdiffusion.presets import configure
 from textdiffusion.run import build
 from textdiffusion.sampling import sample
 from textdiffusion.training import Learner, TrainingConfig
+from textdiffusion.windows import Windows, evaluation_windows
 
 LENGTH, K, WIDTH, DEPTH, HEADS, BATCH = 16, 4, 64, 2, 2, 32
 

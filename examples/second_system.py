@@ -32,7 +32,7 @@ from torch import Tensor
 
 from textdiffusion.coded import Guess
 from textdiffusion.config import RunConfig, override
-from textdiffusion.data import Corpus, Windows, evaluation_windows, tokenize, word_set
+from textdiffusion.data import Corpus, tokenize, word_set
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import evaluate, text_statistics
 from textdiffusion.families.gaussian_embedding import SHARPNESS, GaussianEmbedding
@@ -45,6 +45,7 @@ from textdiffusion.sampling import Counted, sample
 from textdiffusion.steps.denoising import Denoising
 from textdiffusion.tokenizer import Tokenizer
 from textdiffusion.training import Learner, fastest_precision, micro_batch_for, train, tune_allocator
+from textdiffusion.windows import Windows, evaluation_windows
 
 DEPTH, LEVELS, CALLS = 4, 1000, 100
 SETTINGS = [

@@ -14,11 +14,11 @@ FLOORS = [
     | {"automaton", "patterns"}
     | {"networks.shape", "networks.attention", "networks.candidates", "networks.clock", "networks.convolution"}
     | {"networks.ngrams", "networks.network", "networks.transformer", "networks.unet", "networks.bodies"},
-    {"process", "drafts", "conditioning", "absorbing", "replacing", "coded"}
+    {"process", "drafts", "conditioning", "guidance", "absorbing", "replacing", "coded"}
     | {"steps.unmasking", "steps.renewing", "steps.ordering", "steps.denoising"},
     {"families"},  # and every file in families/
-    {"data", "settings", "training", "sampling", "constraints", "divergence", "evaluation", "template"}
-    | {"deterministic_order", "pacing", "recommendation"},
+    {"data", "windows", "settings", "training", "sampling", "constraints", "particles", "steering", "editing"}
+    | {"evaluation", "divergence", "ranking", "template", "deterministic_order", "pacing", "recommendation"},
     {"config", "run", "presets", "card", "fit", "model", "report", "catalogue", "verification"}
     | {"frames", "plots", "replay", "watching"},  # and every file in replay/ and verification/
     {"doctor", "terminal", "demo", "flags", "cli", "compare", "ui", "__main__"},  # and every file in compare/ and ui/

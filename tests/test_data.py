@@ -14,15 +14,13 @@ from textdiffusion import data
 from textdiffusion.data import (
     Corpus,
     DataConfig,
-    TokenRuns,
-    Windows,
-    evaluation_windows,
     load_corpus,
     tokenize,
     word_set,
 )
 from textdiffusion.errors import UserError
 from textdiffusion.tokenizer import Tokenizer, build
+from textdiffusion.windows import TokenRuns, Windows, evaluation_windows
 
 DOCUMENTS = [f"Document number {i}: " + "ab cd é " * (i % 7 + 1) for i in range(200)]
 relaxed = settings(deadline=None, database=None)  # the machine may be busy

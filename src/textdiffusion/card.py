@@ -13,6 +13,7 @@ def write_card(run: Run, best: float, steps: int, seconds: float, corpus: Corpus
     """Write README.md into the run directory."""
     config, cls = run.config, family(run.config.family)
     size = " ".join(f"{k} {v}" for k, v in config.network.items())
+    labels = f"| labels, by `{config.data.label}` | {', '.join(config.labels[:50])} |\n" if config.labels else ""
     figure = "none yet" if math.isinf(best) else f"{best:.3f} bits per character"
     write(
         run.path / "README.md",
@@ -27,7 +28,7 @@ A **{config.family}** language model trained with `textdiffusion`: {cls.summary}
 | | |
 |---|---|
 | trained on | {corpus.name}; {corpus.provenance} |
-| tokenizer | {config.tokenizer}, {config.vocabulary} tokens |
+{labels}| tokenizer | {config.tokenizer}, {config.vocabulary} tokens |
 | network | {size} |
 | training | {steps:,} steps, {seconds / 60:.1f} minutes, {config.training.precision} |
 | best validation figure (a sample of the held-out text) | {figure} |

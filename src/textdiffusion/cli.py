@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from textdiffusion.errors import UserError
 from textdiffusion.flags import parser_of
-from textdiffusion.settings import check_device, check_grid, check_replay, check_writing
+from textdiffusion.settings import check_device, check_grid, check_label, check_replay, check_writing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,7 +99,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.out is not None and not args.dry_run:
         check_new(args.out)
     config = configure(
-        family=args.family, data=args.data, text_field=args.text_field, tokenizer=args.tokenizer,
+        family=args.family, data=args.data, text_field=args.text_field, label=args.label, tokenizer=args.tokenizer,
         length=DEFAULT_LENGTH if args.length is None else args.length, preset=args.preset, depth=args.depth,
         steps=args.steps, minutes=args.minutes, seed=args.seed,
         settings=["training.compile=true"] * args.compile + args.settings,
@@ -162,23 +162,32 @@ def _sample(args: argparse.Namespace) -> int:
     if args.reproducible and (args.watch or args.save_replay is not None):
         one = "--watch" if args.watch else "--save-replay"
         raise UserError(f"{one} shows one batch as it is; leave out --reproducible, or {one}")
-    check_writing(args.n, args.length, args.calls, args.temperature, args.top_p, args.prompt, args.infill, args.top_k)
+    check_writing(
+        args.n, args.length, args.calls, args.temperature, args.top_p, args.prompt, args.infill, args.top_k, args.edit
+    )
     check_grid(args.grid)
     check_replay(args.save_replay, args.n)
     if args.proofread is not None:
         kept = ("--proofread", "--strength", "--calls", "--json", "--device", "--precision")
         _only(args, kept, "--proofread mends the text that it is given")
-    elif "--strength" in args.given:
-        raise UserError("--strength belongs to --proofread; give both, or neither")
-    path = _run(args)
+    elif args.strength is not None and args.edit is None:
+        raise UserError("--strength belongs to --edit and --proofread; give one of them, or leave it out")
+    if args.best is not None and (args.watch or args.reproducible or args.edit is not None):
+        raise UserError("--best chooses among texts once they are written; leave out --watch, --reproducible, --edit")
+    path, config = _run(args)
+    check_label(args.label, config.labels, args.guidance, args.ramp)
     from textdiffusion.model import load
 
     model = load(path, args.device, args.precision)
     if args.proofread is not None:
         return _proofread(args, model)
-    written = ("sampler", "grid", "temperature", "top_p", "top_k", "seed", "prompt", "infill", "stop")
-    held = ("regex", "must_contain", "words", "acrostic", "particles")
+    written = ("sampler", "grid", "temperature", "top_p", "top_k", "seed", "prompt", "infill", "stop", "edit")
+    held = ("regex", "must_contain", "words", "acrostic", "particles", "label", "guidance", "ramp")
     how = {name: getattr(args, name) for name in (*written, *held)}
+    if args.strength is not None:
+        how["strength"] = args.strength
+    if args.best is not None:
+        return _best(args, model, how)
     if args.watch and not args.json:
         model.watch(args.n, args.length, args.calls, save_replay=args.save_replay, **how)
         return 0
@@ -190,36 +199,59 @@ def _sample(args: argparse.Namespace) -> int:
         texts, calls = recording.panels[0].texts, recording.panels[0].steps[-1]["calls"]
     else:
         texts, calls = model.sample_counted(args.n, args.length, args.calls, reproducible=args.reproducible, **how)
+    found: list[dict[str, Any]] = [{"text": t, "calls": c} for t, c in zip(texts, calls)]
+    if args.edit is not None:
+        from textdiffusion.terminal import changes
+
+        for entry in found:
+            entry["changes"] = changes(args.edit, entry["text"])
     if args.json:
         used = model.used  # what "auto" came to
-        print(json.dumps({"samples": [{"text": t, "calls": c} for t, c in zip(texts, calls)], "calls": max(calls),
-                          "seed": args.seed, "sampler": used[0], "grid": used[1]}, ensure_ascii=False))  # fmt: skip
-    else:
-        for number, text in enumerate(texts, 1):
-            print(text if len(texts) == 1 else f"--- {number}\n{text}")
+        print(json.dumps({"samples": found, "calls": max(calls), "seed": args.seed, "sampler": used[0],
+                          "grid": used[1]}, ensure_ascii=False))  # fmt: skip
+        return 0
+    for number, entry in enumerate(found, 1):
+        print(entry["text"] if len(found) == 1 else f"--- {number}\n{entry['text']}")
+        if args.edit is not None:
+            print(_changed(entry["changes"]))
     return 0
 
 
-def _run(args: argparse.Namespace) -> Path:
+def _best(args: argparse.Namespace, model: Model, how: dict[str, Any]) -> int:
+    found = model.best(args.best, args.n, length=args.length, calls=args.calls, **how)
+    if args.json:
+        ranked = [{"text": text} | vars(figure) for text, figure in found]
+        print(json.dumps({"samples": ranked, "of": args.n, "seed": args.seed}, ensure_ascii=False))
+        return 0
+    for number, (text, figure) in enumerate(found, 1):
+        print(f"--- {number}  {figure}\n{text}")
+    return 0
+
+
+def _changed(pieces: Sequence[tuple[str, str]]) -> str:
+    return "changed: " + (", ".join(f"{old!r} to {new!r}" for old, new in pieces) or "nothing")
+
+
+def _run(args: argparse.Namespace) -> tuple[Path, RunConfig]:
     """The run that is meant, if there is one whose config can be read."""
     from textdiffusion.config import SHIPPED, SHIPPED_INSTEAD, read_config, run_to_use
 
     path: Path = args.run or run_to_use()
     if args.run is None and path == SHIPPED:
         print(f"textdiffusion: {SHIPPED_INSTEAD}; train one with `textdiffusion train`", file=sys.stderr)
-    read_config(path)
-    return path
+    return path, read_config(path)
 
 
 def _proofread(args: argparse.Namespace, model: Model) -> int:
     from textdiffusion.terminal import changes
 
-    mended = model.proofread(args.proofread, args.strength, 8 if args.calls is None else args.calls)
+    strength = 0.05 if args.strength is None else args.strength
+    mended = model.proofread(args.proofread, strength, 8 if args.calls is None else args.calls)
     found = changes(args.proofread, mended)
     if args.json:
         print(json.dumps({"samples": [{"text": mended}], "changes": found}, ensure_ascii=False))
     else:
-        print(mended, "changed: " + (", ".join(f"{old!r} to {new!r}" for old, new in found) or "nothing"), sep="\n")
+        print(mended, _changed(found), sep="\n")
     return 0
 
 
@@ -239,7 +271,7 @@ def _eval(args: argparse.Namespace) -> int:
     check_grid(args.grid)
     if args.keep_grid and args.data is not None:
         raise UserError("--keep-grid is measured on the run's own held-out text; leave out --data")
-    path = _run(args)
+    path, _ = _run(args)
     if args.data is not None:
         from textdiffusion.data import check_source
 

@@ -34,6 +34,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=1))
     vocabulary: int = 0
     start: int = 0
+    labels: list[str] = field(default_factory=list)  # of the texts, if they have any; filled in from them
     text: str = ""  # hash of the text it was trained on, so that held-out text stays held out
 
     def to_json(self) -> str:
@@ -65,6 +66,8 @@ def override(config: RunConfig, settings: list[str]) -> RunConfig:
     cls = family(config.family)
     of_family = cls.network_fields(with_fields(cls.Config, parts["process"], "process"), 1)
     decided = dict.fromkeys(("estimates", "codes", "code_width", "clock"), 0) | {"reals": False} | of_family
+    if "classes" in parts["network"]:
+        raise UserError("network.classes follows from the labels of the text; use --label FIELD")
     for name in decided.keys() & parts["network"].keys():
         raise UserError(f"network.{name} is decided by the {config.family} family and cannot be set")
     with_fields(TransformerConfig, parts["network"] | decided, "network")

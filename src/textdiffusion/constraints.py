@@ -34,6 +34,7 @@ from textdiffusion.categorical import draw, reshape_law
 from textdiffusion.drafts import Draft, HasDraft
 from textdiffusion.errors import UserError
 from textdiffusion.noise import Noise
+from textdiffusion.particles import Particles
 from textdiffusion.process import Process, Step
 
 COLDEST = 1e-6  # stands for temperature 0: the likeliest text that matches
@@ -50,12 +51,10 @@ class Hold:
     """
 
     def __init__(self, automaton: Automaton, particles: int = 1):
-        if particles < 1:
-            raise UserError(f"--particles must be at least 1, not {particles}")
         self.automaton, self.particles = automaton, particles
 
-    def begin(self, process: Process, step: Step, written: Tensor, fixed: Tensor) -> None:
-        """Set out with rows of particles, one text's after another's; written, fixed [B L] as in sampling.py.
+    def begin(self, process: Process, step: Step, written: Tensor, fixed: Tensor, crowd: Particles) -> None:
+        """Set out with rows of particles; written, fixed [B L] as in sampling.py.
 
         Raises:
             UserError: a step that cannot be held, or no match of what is fixed.
@@ -71,10 +70,12 @@ class Hold:
         nothing, none = np.zeros(tokens.shape, dtype=bool), np.zeros((0, process.vocabulary))
         if not np.isfinite(self.automaton.log_chance(none, nothing, tokens)).all():
             raise UserError("no text of this length matches the pattern, with what is given of it")
-        rows = len(written)
-        self.log_weight, self.foreseen = np.zeros(rows), np.zeros(rows)
-        # For texts of several particles, log of an unbiased estimate of the chance that the model gives the pattern.
-        self.log_chance = np.zeros(rows // self.particles)
+        self.crowd, self.foreseen = crowd, crowd.carry()
+
+    @property
+    def log_chance(self) -> np.ndarray:
+        """For each text, log of an unbiased estimate of the chance that the model gives the pattern."""
+        return self.crowd.log_chance
 
     def text(self, draft: Draft, written: Tensor, noise: Noise, rows: Tensor) -> Tensor:
         """A joint draw of the draft's tokens int64 [N]; ``rows`` are the numbers of the B rows at hand."""
@@ -85,7 +86,7 @@ class Hold:
             log_p, positions.cpu().numpy(), self.written, noise.uniform("path", length).cpu().numpy()
         )
         index = rows.cpu().numpy()
-        self.log_weight[index] += log_z - self.foreseen[index]
+        self.crowd.log_weight[index] += log_z - self.foreseen[index]
         self.foreseen[index] = log_z
         allowed = torch.from_numpy(sets).to(draft.log_p.device)
         return draw(draft.log_p.masked_fill(~allowed, -torch.inf), noise.uniform("text", length)[positions])
@@ -98,49 +99,6 @@ class Hold:
         self.foreseen[rows.cpu().numpy()] = self.automaton.log_chance(
             log_p.cpu().numpy(), draft.positions.cpu().numpy(), self.written
         )
-
-    def shares(self) -> np.ndarray:
-        """The particles' shares of each text, [texts particles]."""
-        weight = self.log_weight.reshape(-1, self.particles)
-        weight = np.exp(weight - weight.max(-1, keepdims=True))
-        return np.asarray(weight / weight.sum(-1, keepdims=True))
-
-    def resample(self, noise: Noise, going_on: Tensor) -> Tensor | None:
-        """Which row each row goes on from, int64 [B], where the effective number of particles is below half of them;
-        of texts that are finished (not ``going_on``, bool [B]) each row from itself."""
-        share = self.shares()
-        going = going_on.cpu().numpy().reshape(share.shape)[:, 0]
-        uneven = np.flatnonzero((1 / (share**2).sum(-1) < self.particles / 2) & going)
-        if not len(uneven):
-            return None
-        own = np.arange(share.size).reshape(share.shape)
-        start = noise.uniform("resample").cpu().numpy().reshape(share.shape)[:, :1]
-        # Systematic: one draw for each text, and points at equal distances.
-        points = (start + np.arange(self.particles)) / self.particles
-        for i in uneven:
-            chosen = np.searchsorted(share[i].cumsum(), points[i], side="right").clip(max=np.flatnonzero(share[i])[-1])
-            weight = self.log_weight[own[i]]
-            mean = float(np.logaddexp.reduce(weight) - np.log(self.particles))
-            self.log_chance[i] += mean
-            self.log_weight[own[i]] = 0.0
-            self.foreseen[own[i]] = self.foreseen[own[i, chosen]]
-            own[i] = own[i, chosen]
-        return torch.from_numpy(own.reshape(-1))
-
-    def finish(self) -> None:
-        """Bring the estimate of the pattern's chance to its end."""
-        weight = self.log_weight.reshape(-1, self.particles)
-        self.log_chance = self.log_chance + np.logaddexp.reduce(weight, 1) - np.log(self.particles)
-
-    def shown(self, noise: Noise | None) -> Tensor:
-        """The row that is shown of each text's, int64 [texts]: the weightiest, or one drawn by weight."""
-        share = self.shares()
-        if noise is None:
-            best = share.argmax(-1)
-        else:
-            uniform = noise.uniform("choose").cpu().numpy().reshape(share.shape)[:, :1]
-            best = (share.cumsum(-1) <= uniform * share.sum(-1, keepdims=True)).sum(-1).clip(max=self.particles - 1)
-        return torch.from_numpy(best + np.arange(len(share)) * self.particles)
 
 
 def refusal(automaton: Automaton, flags: str, tokens: Tensor, given: Tensor, longest: int) -> str | None:
@@ -179,12 +137,6 @@ def _runs(lengths: list[int], near: int) -> list[str]:
             runs.append([n])
     nearest = sorted(runs, key=lambda run: min(abs(n - near) for n in run))[:4]
     return [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in sorted(nearest)]
-
-
-def several(noise: Noise, particles: int) -> Noise:
-    """The noise of so many rows for each row, whatever the batch."""
-    rows = (noise.rows[:, None] * particles + np.arange(particles)).reshape(-1)
-    return Noise(noise.seed, rows, noise.total * particles, noise.step, noise.device)
 
 
 def reshape_uncut(

@@ -1,4 +1,4 @@
-"""Text to train on: where it comes from, how it is split, and the windows of tokens a model sees of it."""
+"""Text to train on: where it comes from, its labels, how it is split and made tokens."""
 
 import csv
 import difflib
@@ -20,11 +20,13 @@ import numpy as np
 
 from textdiffusion.errors import UserError
 from textdiffusion.tokenizer import Tokenizer
+from textdiffusion.windows import TokenRuns
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 STANDARD_BYTES = 100_000_000  # the size of text8 and enwik8
 MINIMUM_CHARACTERS = 16  # less cannot be split and cut into windows at all
 MINIMUM_DOCUMENTS = 20  # with fewer, whole documents are too coarse a unit to hold out
+MOST_LABELS = 1000  # more are no labels: a field of names or numbers
 
 
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
@@ -36,6 +38,7 @@ class DataConfig:
 
     source: str = "pydoc"  # built in; or a .txt, .jsonl, .csv or .parquet file, a folder, a glob, hf:NAME[:SPLIT]
     text_field: str = "text"  # the field or column that holds the text of each record
+    label: str | None = None  # the field of a record's label; or "file" or "folder": the name of what the text is in
     normalise_whitespace: bool = False  # replace every run of whitespace by one space
     validation_share: float = 0.05  # the share of the text held out, above 0 and below 1
 
@@ -50,6 +53,7 @@ class Corpus:
     test: list[str] = field(default_factory=list)  # empty but for text8 and enwik8
     has_documents: bool = False
     provenance: str = ""  # where the text comes from and, if known, its licence
+    labels: dict[str, list[str]] = field(default_factory=dict)  # by part, one for each text; empty if there are none
 
 
 def load_corpus(config: DataConfig) -> Corpus:
@@ -60,20 +64,24 @@ def load_corpus(config: DataConfig) -> Corpus:
     - text8 and enwik8 (files so named, of exactly 100,000,000 bytes) are split at 90 and 95% of their bytes.
     - Any other text (fewer documents are joined by an empty line) is split by position: up to 10 evenly spaced
       contiguous blocks, `validation_share` of the text in total, are held out; the pieces between are trained on.
+      With labels this is done for the text of each label.
 
     Raises UserError for a validation share out of range, and for a source that is missing, empty, not UTF-8 text or
-    without the text field.
+    without the text field or the label.
     """
     if not 0 < config.validation_share < 1:
         raise UserError(f"validation_share is {config.validation_share}; it must be above 0 and below 1")
-    documents, provenance = _read_source(config.source, config.text_field)
+    documents, labels, provenance = _read_source(config.source, config.text_field, config.label)
     if config.normalise_whitespace:
         documents = [re.sub(r"\s+", " ", text) for text in documents]
+    labels = [label for text, label in zip(documents, labels) if text and not text.isspace()]
     documents = [text for text in documents if text and not text.isspace()]
     if not documents:
         raise UserError(f"{config.source} is empty: there is no text in it")
     if (size := sum(map(len, documents))) < MINIMUM_CHARACTERS:
         raise UserError(f"{config.source} has only {size} characters; give a text of thousands at least")
+    if config.label is not None:
+        return _labelled(config, documents, labels, provenance)
     path, test = Path(config.source).expanduser(), list[str]()
     standard = path.stem.lower() in ("text8", "enwik8") and path.is_file() and path.stat().st_size == STANDARD_BYTES
     has_documents = len(set(documents)) >= MINIMUM_DOCUMENTS
@@ -88,6 +96,28 @@ def load_corpus(config: DataConfig) -> Corpus:
     return Corpus(config.source, train, validation, test, has_documents, provenance)
 
 
+def _labelled(config: DataConfig, documents: list[str], labels: list[str], provenance: str) -> Corpus:
+    """Split documents that have a label each; on both sides every text has the label of what it is a part of."""
+    if not 2 <= len(set(labels)) <= MOST_LABELS:
+        raise UserError(
+            f"--label {config.label} finds {len(set(labels)):,} different labels in {config.source}; "
+            f"there must be from 2 to {MOST_LABELS:,}"
+        )
+    has_documents = len(set(documents)) >= MINIMUM_DOCUMENTS
+    corpus = Corpus(config.source, [], [], [], has_documents, provenance, {"train": [], "validation": []})
+    held_out = set(_split_by_document(documents, config.validation_share)[1]) if has_documents else set()
+    for label in sorted(set(labels)):
+        own = [text for text, found in zip(documents, labels) if found == label]
+        if has_documents:
+            parts = ([t for t in own if t not in held_out], [t for t in own if t in held_out])
+        else:
+            parts = _split_by_position("\n\n".join(own), config.validation_share)
+        for name, texts, part in zip(("train", "validation"), (corpus.train, corpus.validation), parts):
+            texts += part
+            corpus.labels[name] += [label] * len(part)
+    return corpus
+
+
 def fingerprint(corpus: Corpus) -> str:
     """A hash of the text and of how it is split."""
     digest = hashlib.sha256()
@@ -100,7 +130,7 @@ def fingerprint(corpus: Corpus) -> str:
 
 def whole_text(config: DataConfig) -> Corpus:
     """The text that `config` names, none of it for training: all of it is held out. Raises as `load_corpus` does."""
-    documents, provenance = _read_source(config.source, config.text_field)
+    documents, _, provenance = _read_source(config.source, config.text_field)
     if config.normalise_whitespace:
         documents = [re.sub(r"\s+", " ", text) for text in documents]
     if not any(documents):
@@ -136,13 +166,18 @@ def _split_90_5_5(text: str) -> list[list[str]]:
     return [[text[start:end]] for start, end in pairwise([0, *ends, len(text)])]
 
 
-def _read_source(source: str, text_field: str) -> tuple[list[str], str]:
-    """The documents of a source, and where they come from."""
+def _read_source(source: str, text_field: str, label: str | None = None) -> tuple[list[str], list[str], str]:
+    """The documents of a source, their labels ("" where none is asked for), and where they come from."""
     if source == "pydoc":
-        return _pydoc_sections(), f"help topics of Python {platform.python_version()}, PSF License Version 2"
+        if label is not None:
+            raise UserError("the built-in text has no labels; give --data with --label")
+        sections = _pydoc_sections()
+        where = f"help topics of Python {platform.python_version()}, PSF License Version 2"
+        return sections, [""] * len(sections), where
     places = [source] if source.startswith("hf:") else _find_files(source)
-    documents = [text for place in places for text in _texts(place, text_field)]
-    return documents, source if len(places) == 1 else f"{source} ({len(places)} files)"
+    found = [pair for place in places for pair in _texts(place, text_field, label)]
+    where = source if len(places) == 1 else f"{source} ({len(places)} files)"
+    return [text for text, _ in found], [label for _, label in found], where
 
 
 def check_source(source: str) -> None:
@@ -191,7 +226,7 @@ def _find_files(source: str) -> list[str]:
     raise UserError(f"there is no file or folder {source}; {hint}")
 
 
-def _records(place: str, text_field: str) -> Iterator[Any]:
+def _records(place: str, text_field: str, label: str | None = None) -> Iterator[Any]:
     """The records of a hub dataset or a file; a plain text file is a single one."""
     suffix = Path(place).suffix.lower()
     if place.startswith("hf:"):
@@ -203,7 +238,9 @@ def _records(place: str, text_field: str) -> Iterator[Any]:
         from pyarrow import parquet
 
         with parquet.ParquetFile(place) as file:
-            for batch in file.iter_batches(columns=[text_field] if text_field in file.schema_arrow.names else None):
+            wanted = [name for name in (text_field, label) if name is not None]
+            known = all(name in file.schema_arrow.names for name in wanted)
+            for batch in file.iter_batches(columns=wanted if known else None):
                 yield from batch.to_pylist()
     elif suffix == ".jsonl":
         yield from (json.loads(line) for line in _read(place).split("\n") if line and not line.isspace())
@@ -221,20 +258,32 @@ def _read(place: str) -> str:
     return raw.decode("utf-8-sig")
 
 
-def _texts(place: str, text_field: str) -> Iterator[str]:
-    """The text of each record in a dataset or file, but for null ones. Any failure to read becomes a UserError."""
-    number = 0
+def _texts(place: str, text_field: str, label: str | None = None) -> Iterator[tuple[str, str]]:
+    """The text of each record in a dataset or file, but for null ones, and its label. Any failure to read becomes a
+    UserError."""
+    number, path = 0, Path(place)
+    # Of a file's texts, whatever fields they have; a hub dataset is in no file.
+    of_place = {} if place.startswith("hf:") else {"file": path.stem, "folder": path.absolute().parent.name}
     try:
-        for number, record in enumerate(_records(place, text_field), 1):
+        for number, record in enumerate(_records(place, text_field, None if label in of_place else label), 1):
             if not isinstance(record, dict) or text_field not in record:
                 fields = ", ".join(map(str, record)) if isinstance(record, dict) else "none"
                 raise UserError(f"{place}, record {number}: no text_field {text_field!r}; its fields are: {fields}")
             text = record[text_field]
             if not isinstance(text, str | None):
                 raise UserError(f"{place}, record {number}: field {text_field!r} is a {type(text).__name__}, not text")
+            named = "" if label is None else of_place.get(label, record.get(label))
+            if isinstance(named, str | int | float) and (label is None or str(named) != ""):
+                named = str(named)
+            else:
+                fields = ", ".join(map(str, record))
+                raise UserError(
+                    f"{place}, record {number}: no --label {label}; its fields are: {fields}; "
+                    "files have the labels file and folder"
+                )
             if text:
                 # JSON can spell half a surrogate pair, which no encoding can write.
-                yield text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+                yield text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"), named
     except UserError:
         raise
     except ImportError as error:
@@ -246,15 +295,6 @@ def _texts(place: str, text_field: str) -> Iterator[str]:
 def cache_folder() -> Path:
     """Where derived files are kept: $TEXTDIFFUSION_CACHE, else ~/.cache/textdiffusion."""
     return Path(os.environ.get("TEXTDIFFUSION_CACHE") or "~/.cache/textdiffusion").expanduser()
-
-
-@dataclass
-class TokenRuns:
-    """Token ids in contiguous runs: run r is `tokens[runs[r]:runs[r + 1]]`, and windows never cross its edges."""
-
-    tokens: np.ndarray  # [n] uint16 or uint32, possibly a read-only memory map
-    runs: np.ndarray  # [R + 1] int64, from 0 to n
-    characters: int = 0  # Unicode characters the tokens stand for, one for each end-of-text; 0 if not known
 
 
 def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache: Path | None = None) -> dict[str, TokenRuns]:
@@ -269,11 +309,32 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache: Path | None = None) ->
     """
     folder = cache or cache_folder()
     result = {}
+    if corpus.labels:
+        return _tokenize_by_label(corpus, tokenizer, folder)
     for name, texts in (("train", corpus.train), ("validation", corpus.validation), ("test", corpus.test)):
         if texts:
             file = folder / _cache_name(texts, corpus.has_documents, tokenizer)
             found = _read_cache(file) or _write_cache(file, *_encode(texts, corpus.has_documents, tokenizer))
             result[name] = TokenRuns(*found, sum(map(len, texts)) + len(texts) * corpus.has_documents)
+    return result
+
+
+def _tokenize_by_label(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict[str, TokenRuns]:
+    """The same, texts of each label in runs of their own, so that no window has two labels."""
+    result, names = {}, sorted(set(corpus.labels["train"]))
+    for part, texts in (("train", corpus.train), ("validation", corpus.validation)):
+        tokens, runs, labels, characters = list[np.ndarray](), [np.zeros(1, np.int64)], list[int](), 0
+        for number, name in enumerate(names):
+            own = [text for text, label in zip(texts, corpus.labels[part]) if label == name]
+            if own:
+                whole = tokenize(Corpus(name, own, [], [], corpus.has_documents), tokenizer, folder)["train"]
+                tokens.append(whole.tokens)
+                runs.append(whole.runs[1:] + runs[-1][-1])
+                labels += [number] * (len(whole.runs) - 1)
+                characters += whole.characters
+        result[part] = TokenRuns(
+            np.concatenate(tokens), np.concatenate(runs), characters, np.array(labels, dtype=np.int64)
+        )
     return result
 
 
@@ -313,58 +374,3 @@ def _write_cache(file: Path, tokens: np.ndarray, runs: np.ndarray) -> tuple[np.n
         return tokens, runs
     except OSError as error:
         raise UserError(f"cannot write to {file.parent} ({error.strerror}); set TEXTDIFFUSION_CACHE") from error
-
-
-class Windows:
-    """Training windows of `length` tokens, in an order fixed by `seed`.
-
-    Example g belongs to epoch g // per_epoch. Each epoch shifts the tiling of every run by a random amount below
-    `length` and visits the windows in a random order. The batch of B at step s is examples s B to s B + B - 1, so
-    resuming is arithmetic and the share of one rank is a slice. Raises UserError if the text is too short for two.
-    """
-
-    def __init__(self, runs: TokenRuns, length: int, seed: int) -> None:
-        sizes = np.diff(runs.runs)
-        total, longest = sizes.sum(), max(sizes.max(), 1)
-        if longest < length or total < 2 * length:
-            characters = runs.characters or total
-            needed = int(max(2 * length, total * length / longest) * max(characters, 1) / max(total, 1)) + 1
-            advice = f"windows of {length} tokens need about {needed}; give more text or a smaller window length"
-            raise UserError(f"the training text has only {characters} characters; {advice}")
-        self.length, self.seed, self._tokens = length, seed, runs.tokens
-        self._starts, self._sizes = runs.runs[:-1][sizes >= length], sizes[sizes >= length]
-        self._shifts = np.minimum(length, self._sizes - length + 1)  # every run keeps a window whatever its shift
-        self.per_epoch = int(((self._sizes - self._shifts + 1) // length).sum())
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-
-    def rows(self, indices: np.ndarray) -> np.ndarray:
-        """The windows with these global example numbers, int64 [n, length]; `indices` is an integer array [n]."""
-        epochs, places = np.divmod(indices, self.per_epoch)
-        starts = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            starts[epochs == epoch] = self._epoch(int(epoch))[places[epochs == epoch]]
-        return self._tokens[starts[:, None] + np.arange(self.length)].astype(np.int64)
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        """Where each window of an epoch starts, in order; the latest epoch is kept."""
-        if self._order[0] != epoch:
-            random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            first = self._starts + random.integers(self._shifts)
-            last = self._starts + self._sizes - self.length
-            tiles = [np.arange(start, stop + 1, self.length) for start, stop in zip(first, last)]
-            self._order = (epoch, random.permutation(np.concatenate(tiles)))
-        return self._order[1]
-
-
-def evaluation_windows(runs: TokenRuns, length: int, limit: int | None = None, seed: int = 0) -> list[np.ndarray]:
-    """Windows (int64, at most `length` long) that hold every token exactly once; only the last of a run is shorter.
-
-    With `limit`, about that many tokens: evenly spaced windows, from an offset that `seed` decides.
-    """
-    spans = pairwise(runs.runs.tolist())
-    windows = [(start, min(start + length, end)) for begin, end in spans for start in range(begin, end, length)]
-    if limit is not None and limit // length < len(windows):
-        count = max(1, limit // length)
-        offset = np.random.default_rng(seed).random()
-        windows = [windows[int((place + offset) * len(windows) / count)] for place in range(count)]
-    return [runs.tokens[start:end].astype(np.int64) for start, end in windows]

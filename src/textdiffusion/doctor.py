@@ -13,7 +13,7 @@ import torch
 
 from textdiffusion import __version__
 from textdiffusion.config import RunConfig
-from textdiffusion.data import Windows, tokenize
+from textdiffusion.data import tokenize
 from textdiffusion.fit import prepare
 from textdiffusion.model import pick_device
 from textdiffusion.networks.network import TextNetwork
@@ -21,6 +21,7 @@ from textdiffusion.noise import Noise
 from textdiffusion.process import count_parameters
 from textdiffusion.run import build
 from textdiffusion.training import Learner, fastest_precision, micro_batch_for, processor_name, tune_allocator
+from textdiffusion.windows import Windows
 
 
 def machine(device: str = "auto") -> dict[str, str]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from textdiffusion.data import WORD
 from textdiffusion.deterministic_order import order_nll
 from textdiffusion.errors import UserError
+from textdiffusion.guidance import told
 from textdiffusion.noise import Noise
 from textdiffusion.process import HasCurve, Kind, Process
 
@@ -87,6 +88,7 @@ def evaluate(
     draws: int = 1,
     seed: int = 0,
     batch: int | None = None,
+    labels: np.ndarray | None = None,
     device: torch.device | str = "cpu",
 ) -> Report:
     """Bits per character of held-out windows.
@@ -104,6 +106,7 @@ def evaluate(
         draws: noisy copies of each window, for families whose bound is estimated.
         seed: of the noise; a part of the protocol.
         batch: windows in a network call; None: up to 128, and at most 2^24 logits.
+        labels: int64 [windows], -1 for none: what each window costs given its label.
     Raises:
         UserError: a sampler that is not there, or without a known bound.
     """
@@ -123,6 +126,7 @@ def evaluate(
     for length in sorted({len(w) for w in windows}):
         chosen = np.array([i for i, w in enumerate(windows) if len(w) == length])
         x = torch.from_numpy(np.stack([windows[i] for i in chosen]).astype(np.int64)).to(device)
+        marks = None if labels is None else torch.from_numpy(labels[chosen]).to(device)
         size = batch or max(1, min(128, 2**24 // (length * len(characters))))
         if isinstance(process, HasCurve) and not remembers:
             copies = draws
@@ -131,14 +135,14 @@ def evaluate(
                 # figures are as unbiased, but there is no curve, and they are less sharp.
                 needed = -(-2 * length // len(chosen))
                 copies = max(draws, needed if needed <= max(draws, MOST_COPIES) else draws)
-            curve, sums = _by_curve(process, x, sizes[chosen], budgets, sampler, copies, seed, size)
+            curve, sums = _by_curve(process, x, marks, sizes[chosen], budgets, sampler, copies, seed, size)
         else:
             if calls and sampler not in (None, next(iter(process.steps))):
                 raise UserError(
                     f"no bound is known for the sampler {sampler!r}; there is one for {next(iter(process.steps))}"
                 )
-            sums = _by_draws(process, x, sizes[chosen], budgets, draws, seed, size)
-        sums += [_by_order(process, x, sizes[chosen], budget, ruled, size) for budget in followed]
+            sums = _by_draws(process, x, marks, sizes[chosen], budgets, draws, seed, size)
+        sums += [_by_order(process, x, marks, sizes[chosen], budget, ruled, size) for budget in followed]
         for j, part in enumerate(sums):
             totals[j] += part.nats
             spread[j, chosen] = part.spread
@@ -158,7 +162,14 @@ def evaluate(
 
 
 def _by_draws(
-    process: Process, x: Tensor, sizes: np.ndarray, budgets: Sequence[int | None], draws: int, seed: int, batch: int
+    process: Process,
+    x: Tensor,
+    labels: Tensor | None,
+    sizes: np.ndarray,
+    budgets: Sequence[int | None],
+    draws: int,
+    seed: int,
+    batch: int,
 ) -> list[_Sums]:
     """Each budget by itself, from draws of ``process.nll``; a family with an exact likelihood has the first alone."""
     out: list[_Sums] = []
@@ -169,7 +180,8 @@ def _by_draws(
         while True:
             for begin in range(0, len(x), batch):
                 part = slice(begin, begin + batch)
-                nll = process.nll(x[part], Noise(seed, np.arange(len(x))[part], len(x), draw, x.device), budget)
+                model = process if labels is None else told(process, labels[part])
+                nll = model.nll(x[part], Noise(seed, np.arange(len(x))[part], len(x), draw, x.device), budget)
                 nats[part] += nll.total.double().cpu().numpy()
             draw += 1
             if nll.kind == "exact" or draw == draws:
@@ -180,9 +192,13 @@ def _by_draws(
     return out
 
 
-def _by_order(process: Process, x: Tensor, sizes: np.ndarray, calls: int, sampler: str, batch: int) -> _Sums:
+def _by_order(
+    process: Process, x: Tensor, labels: Tensor | None, sizes: np.ndarray, calls: int, sampler: str, batch: int
+) -> _Sums:
     """The exact likelihood of a sampler that chooses positions by a rule."""
-    found = [order_nll(process, part, calls, sampler) for part in x.split(batch)]
+    parts = [slice(begin, begin + batch) for begin in range(0, len(x), batch)]
+    models = [process if labels is None else told(process, labels[part]) for part in parts]
+    found = [order_nll(model, x[part], calls, sampler) for model, part in zip(models, parts, strict=True)]
     nats = torch.cat([nll.total for nll in found]).double().cpu().numpy()
     made = max(nll.calls or 0 for nll in found)
     return _Sums(float(nats.sum()), nats - nats.sum() / sizes.sum() * sizes, "exact", sampler, made)
@@ -191,6 +207,7 @@ def _by_order(process: Process, x: Tensor, sizes: np.ndarray, calls: int, sample
 def _by_curve(
     process: Any,
     x: Tensor,
+    labels: Tensor | None,
     sizes: np.ndarray,
     budgets: Sequence[int | None],
     sampler: str | None,
@@ -219,7 +236,8 @@ def _by_curve(
     for begin in range(0, examples, batch):
         part = np.arange(begin, min(begin + batch, examples))
         noise = Noise(seed, part, examples, 1, x.device)
-        values[part] = process.curve_point(x[window[part]], hidden[part], noise).double().cpu().numpy()
+        model: Any = process if labels is None else told(process, labels[window[part]])
+        values[part] = model.curve_point(x[window[part]], hidden[part], noise).double().cpu().numpy()
     count = np.bincount(n, minlength=length + 1).astype(float)
     # A window of more characters is expected to hold more nats.
     share = (sizes / max(sizes.mean(), 1e-9))[window]

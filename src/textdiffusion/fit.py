@@ -15,7 +15,7 @@ import torch
 
 from textdiffusion import card
 from textdiffusion.config import RunConfig
-from textdiffusion.data import Corpus, Windows, evaluation_windows, fingerprint, load_corpus, tokenize
+from textdiffusion.data import Corpus, fingerprint, load_corpus, tokenize
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import Figure, evaluate
 from textdiffusion.networks.network import TextNetwork
@@ -27,6 +27,7 @@ from textdiffusion.sampling import sample
 from textdiffusion.tokenizer import Tokenizer
 from textdiffusion.tokenizer import build as build_tokenizer
 from textdiffusion.training import Learner, fastest_precision, micro_batch_for, train, tune_allocator
+from textdiffusion.windows import Windows, evaluation_labels, evaluation_windows
 
 VALIDATION_TOKENS = 8192  # read at each validation
 VALIDATION_SHARE = 0.04  # of the training's time
@@ -123,7 +124,12 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> tuple[Corp
             f"the text of {config.data.source} is not the one this run was trained on, so what was held out "
             "is unknown; put the text back, or start a new run"
         )
-    config = dataclasses.replace(config, vocabulary=tokenizer.vocabulary, start=tokenizer.end_of_text, text=text)
+    labels = sorted(set(corpus.labels.get("train", ())))
+    if config.text != "" and labels != config.labels:
+        raise UserError(f"{config.data.source} no longer has the labels of this run; put them back, or start a new run")
+    config = dataclasses.replace(
+        config, vocabulary=tokenizer.vocabulary, start=tokenizer.end_of_text, text=text, labels=labels
+    )
     return corpus, tokenizer, config
 
 
@@ -142,6 +148,7 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
     window = int(config.network["window"])
     windows = Windows(tokens["train"], window, config.training.seed)
     held_out = evaluation_windows(tokens["validation"], window, limit=VALIDATION_TOKENS)
+    labels = evaluation_labels(tokens["validation"], window, limit=VALIDATION_TOKENS)
 
     # 2. Network, in the precision and the micro-batches that are fast here. A resumed run keeps what it began with.
     if config.training.precision == "auto":
@@ -182,7 +189,8 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
     def validate(with_sample: bool) -> Validated:
         nonlocal best, best_step
         view = process.over(averaged.eval())
-        figure = evaluate(view, held_out, tokenizer.characters, tokenizer.spelling, device=device).figure
+        said = evaluate(view, held_out, tokenizer.characters, tokenizer.spelling, labels=labels, device=device)
+        figure = said.figure
         better = figure.bits_per_char < best
         if better:
             best, best_step = figure.bits_per_char, learner.step
@@ -199,7 +207,7 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
     finished, spent = learner.progress >= 1, 0.0
     saved, begin, begin_step = time.monotonic(), time.perf_counter(), learner.step
     with _Signals() as signals:
-        for now in train(process, windows.rows, learner, device):
+        for now in train(process, windows.rows, learner, device, windows.labels):
             smooth += max(0.05, 1 / now.step) * (now.loss - smooth)
             made, elapsed = now.step - begin_step, time.perf_counter() - begin
             if config.training.steps is not None:

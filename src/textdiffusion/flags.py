@@ -47,6 +47,8 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("--data", default="pydoc", metavar="pydoc|PATH|hf:NAME",
                    help="built-in text; .txt, .jsonl, .csv, .parquet file, folder or glob; or a hub name")  # fmt: skip
     p.add_argument("--text-field", default="text", help="field of the text in .jsonl, .csv, .parquet and hub data")
+    p.add_argument("--label", metavar="FIELD",
+                   help="learn with labels: a field of each record, or file or folder, what it is in")  # fmt: skip
     p.add_argument("--out", type=Path, metavar="RUN", help="run directory (default: a new one under runs/)")
     p.add_argument(
         "--preset", choices=["tiny", "small", "base"], help="size: 3, 6 or 12 blocks (default: what fits the minutes)"
@@ -90,8 +92,15 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("--words", type=Path, metavar="FILE", help="texts have no other words than those of this file")
     p.add_argument("--acrostic", metavar="WORD", help="the texts' lines begin with its letters")
     p.add_argument("--particles", type=int, default=1, metavar="N", help="draw each such text from N, by weight")
+    p.add_argument("--label", metavar="VALUE", help="write texts of this label, of a run trained with --label")
+    p.add_argument("--guidance", type=float, default=0.0, metavar="W",
+                   help="towards the label, at two calls for one (default: 0, the label as it was learnt)")  # fmt: skip
+    p.add_argument("--ramp", type=float, default=0.0, help="share of the run over which guidance grows (default: 0)")
+    p.add_argument("--best", type=int, metavar="K", help="of the n texts show the K likeliest, with their bits/char")
+    p.add_argument("--edit", metavar="TEXT", help="rewrite this text: make it noisy, and denoise it")
     p.add_argument("--proofread", metavar="TEXT", help="mend this text instead, without being told where it is wrong")
-    p.add_argument("--strength", type=float, default=0.05, help="share of wrong tokens to expect (default: 0.05)")
+    p.add_argument("--strength", type=float,
+                   help="of --edit: how noisy, 0 to 1 (0.4); of --proofread: share of wrong tokens (0.05)")  # fmt: skip
     p.add_argument("--stop", action="store_true", help="end a text where a document ends (families from left to right)")
     p.add_argument("--watch", action="store_true", help="show the denoising")
     p.add_argument("--save-replay", type=Path, metavar="FILE",

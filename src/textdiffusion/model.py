@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -17,24 +16,28 @@ from textdiffusion.automaton import Automaton
 from textdiffusion.config import SHIPPED, SHIPPED_INSTEAD, RunConfig, new_run_path, newest_run, read_config, run_to_use
 from textdiffusion.constraints import Hold, refusal
 from textdiffusion.drafts import HasDraft
+from textdiffusion.editing import Edit, mend
 from textdiffusion.errors import UserError
-from textdiffusion.evaluation import evaluate
+from textdiffusion.evaluation import Figure, evaluate
 from textdiffusion.families import family, names
 from textdiffusion.fit import Stopped, fit
 from textdiffusion.frames import TextFrame, revises
 from textdiffusion.grids import Grid
+from textdiffusion.guidance import Guidance
 from textdiffusion.networks.network import TextNetwork
 from textdiffusion.noise import Noise
 from textdiffusion.pacing import levels_of
 from textdiffusion.patterns import Pattern, read_words
 from textdiffusion.presets import configure
-from textdiffusion.process import Process, State
+from textdiffusion.process import Process
+from textdiffusion.ranking import rank
 from textdiffusion.recommendation import recommend
 from textdiffusion.replay.canvas import save_replay as write_replay
 from textdiffusion.replay.recording import Panel, Recording, recorded
 from textdiffusion.run import Run
 from textdiffusion.sampling import sample
-from textdiffusion.settings import LONGEST, Precision, check_device, check_replay, check_writing
+from textdiffusion.settings import LONGEST, Precision, check_device, check_label, check_replay, check_writing
+from textdiffusion.steering import Reward, steer_by
 from textdiffusion.template import Template, encode, gaps, prompt
 from textdiffusion.tokenizer import Tokenizer
 from textdiffusion.training import fastest_precision, tune_allocator
@@ -139,8 +142,6 @@ class Model:
 
     def _hold(self, pattern: Pattern, length: int, template: Template | None, particles: int) -> Hold | None:
         if pattern == Pattern():
-            if particles != 1:
-                raise UserError("--particles goes with a pattern: --regex, --must-contain, --words or --acrostic")
             return None
         if pattern not in self._automata:
             self._automata = {pattern: pattern.automaton(self.tokenizer)}
@@ -172,6 +173,12 @@ class Model:
         words: str | Path | Iterable[str] | None = None,
         acrostic: str | None = None,
         particles: int = 1,
+        label: str | None = None,
+        guidance: float = 0.0,
+        ramp: float = 0.0,
+        reward: Reward | None = None,
+        edit: str | None = None,
+        strength: float = 0.4,
         first_row: int = 0,
     ) -> Iterator[TextFrame]:
         """Denoise n texts together, frame by frame.
@@ -192,11 +199,18 @@ class Model:
                 that it has, or a file of them. acrostic: letters with which its lines begin. All at once, if several.
             particles: runs from which each such text is drawn by weight; with many, texts have the model's law given
                 the pattern, with one they only match it (constraints.py).
+            label: of the texts, one of those the run was trained with. guidance: how much more of it than the model has
+                learnt, at two network calls for one; ramp: the share of the run over which that grows (guidance.py).
+            reward: texts to how much oftener they are wanted than the model writes them, in nats (steering.py); it may
+                be handed beginnings of texts. Goes with particles, and with a pattern if there is one.
+            edit: a text to rewrite, in the place of noise; strength: how much of it is made noise, from 0, which
+                leaves it as it is, to 1, which leaves nothing (editing.py).
             first_row: number of the first text, from which its draws follow.
         Raises:
             UserError: a value out of range, or something that the family cannot do.
         """
-        check_writing(n, None, calls, temperature, top_p, prompt, infill, top_k)
+        check_writing(n, None, calls, temperature, top_p, prompt, infill, top_k, edit)
+        check_label(label, self.config.labels, guidance, ramp)
         if not 1 <= particles <= LONGEST:
             raise UserError(f"--particles must be from 1 to {LONGEST:,}, not {particles}")
         if stop and self.process.infills:
@@ -206,13 +220,23 @@ class Model:
                 f"--stop, or use a run of: {', '.join(able)}"
             )
         template = self._template(length, prompt, infill)
-        if template is not None:
+        old = None if edit is None else encode(edit, self.tokenizer)
+        if old is not None and (not len(old) or (length is not None and length != len(old))):
+            raise UserError(f"a text that is edited keeps its length, here {len(old)} tokens; leave out --length")
+        if old is not None:
+            length = len(old)
+        elif template is not None:
             length = len(template)
         elif length is None:
             length = self.window
         self._check_length(length)
         hold = self._hold(Pattern.of(regex, must_contain, words, acrostic), length, template, particles)
-        if hold is not None and stop:
+        steer = None if reward is None else steer_by(reward, self.tokenizer.decode, particles)
+        if particles != 1 and hold is None and steer is None:
+            raise UserError(
+                "--particles goes with a pattern: --regex, --must-contain, --words or --acrostic; or a reward"
+            )
+        if (hold is not None or steer is not None) and stop:
             raise UserError("a pattern is one of whole texts of a given length; leave out --stop")
         noise = Noise(seed, np.arange(first_row, first_row + n), n, device=self.device)
         tokens = given = None
@@ -220,16 +244,19 @@ class Model:
             tokens = template.tokens.to(self.device).expand(n, -1)
             given = template.given.to(self.device).expand(n, -1)
         free = length if template is None else int((~template.given).sum())
-        calls = calls or max(free, 1)
+        condition = None if label is None else torch.full((n,), self.config.labels.index(label), device=self.device)
+        twice = 2 if condition is not None and guidance != 0 else 1
+        calls = calls or twice * max(free, 1)
         if sampler in (None, "auto"):
-            sampler = self.recommended(calls, free, held=hold is not None)
+            sampler = self.recommended(max(1, calls // twice), free, held=hold is not None)
         chosen = self.grid(grid)
         self.used = (sampler, chosen.name)
         known = torch.zeros(n, length, dtype=torch.bool) if given is None else given.cpu()
         for frame in sample(
             self.writer.on(chosen), noise, length, calls, sampler=sampler, tokens=tokens, given=given,
-            temperature=temperature, top_p=top_p, top_k=top_k, hold=hold,
-            until=self.tokenizer.end_of_text if stop else None,
+            temperature=temperature, top_p=top_p, top_k=top_k, hold=hold, condition=condition,
+            guidance=Guidance(guidance, ramp), steer=steer, until=self.tokenizer.end_of_text if stop else None,
+            edit=None if old is None else Edit(old.to(self.device).expand(n, -1), strength),
         ):  # fmt: skip
             yield TextFrame(frame, known, self.tokenizer, stop, revises(self.process))
 
@@ -274,31 +301,45 @@ class Model:
             made += last.frame.calls.tolist()
         return texts[:n], made[:n]
 
+    def best(self, k: int, n: int = 8, draws: int = 64, **how: Any) -> list[tuple[str, Figure]]:
+        """Of n texts, written as in `stream`, the k that the model finds likeliest, with their bits a character: by
+        their likelihood or its bound (ranking.py), given the label if there is one.
+
+        Raises:
+            UserError: fewer than k texts.
+        """
+        check_writing(n)
+        if not 1 <= k <= n:
+            raise UserError(f"--best must be from 1 to {n}, the number of texts (-n), not {k}")
+        *_, last = self.stream(n, **how)
+        label = None if (name := how.get("label")) is None else self.config.labels.index(name)
+        seed, tokenizer = how.get("seed", 0), self.tokenizer
+        order = rank(
+            self.process, last.frame.tokens, tokenizer.characters, self.window, label=label, draws=draws, seed=seed
+        )
+        return [(last.texts[number], figure) for number, figure in order[:k]]
+
+    def edit(self, text: str, strength: float = 0.4, n: int = 1, calls: int | None = None, **how: Any) -> list[str]:
+        """Rewrite a text n times: a ``strength`` of it is made noise, and written anew."""
+        return self.sample(n, None, calls, edit=text, strength=strength, **how)
+
     def infill(self, template: str, n: int = 1, calls: int | None = None, **how: Any) -> list[str]:
         """Fill the gaps of a template, n times; each underscore is one free token, and \\_ a literal one."""
         return self.sample(n, None, calls, infill=template, **how)
 
     def proofread(self, text: str, strength: float = 0.05, calls: int = 8) -> str:
-        """The text, mended where it looks wrong, without being told where.
+        """The text, of at most a window, mended where it looks wrong without being told where (editing.mend): the share
+        of wrong tokens to expect, and network calls at most.
 
-        It is taken for one in which a share of the tokens has been replaced by others; each call puts the likeliest
-        token, given all that is there, at every position, until nothing changes.
-
-        Args:
-            text: of at most a window.
-            strength: the share of wrong tokens to expect.
-            calls: network calls, at most.
         Raises:
             UserError: a family whose noise only hides tokens, an impossible strength, or a text that is too long.
         """
         ids = encode(text, self.tokenizer).numpy()
         return self.tokenizer.decode(self.proofread_tokens(ids, strength, calls).tolist())
 
-    @torch.inference_mode()
     def proofread_tokens(self, ids: np.ndarray, strength: float = 0.05, calls: int = 8) -> np.ndarray:
         """The same for tokens, int64 [L]."""
-        t = self.process.time_of(strength)
-        if t is None:
+        if self.process.time_of(strength) is None:
             raise UserError(
                 f"the noise of this {self.config.family} run never makes one token another, so it finds no wrong ones; "
                 "train one with --family uniform"
@@ -310,13 +351,7 @@ class Model:
                 f"this run mends texts of 1 to {self.window} tokens, not {len(ids)}; hand it one piece after another"
             )
         x = torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(self.device)
-        state = State(x.unsqueeze(0), torch.tensor([t], dtype=torch.float64, device=self.device))
-        for _ in range(calls):
-            mended = self.writer.predict(state).log_p.argmax(-1)
-            if torch.equal(mended, state.x):
-                break
-            state = replace(state, x=mended)
-        return state.x[0].cpu().numpy()
+        return mend(self.writer, x, strength, calls).cpu().numpy()
 
     def watch(
         self, n: int = 1, length: int | None = None, calls: int | None = None, *, seconds: float = 4.0,

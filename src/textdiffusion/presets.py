@@ -45,6 +45,7 @@ def configure(
     family: str = "masked",
     data: str = "pydoc",
     text_field: str = "text",
+    label: str | None = None,
     tokenizer: str = "char",
     length: int = DEFAULT_LENGTH,
     preset: str | None = None,
@@ -81,7 +82,7 @@ def configure(
     config = RunConfig(
         family=family,
         tokenizer=tokenizer,
-        data=DataConfig(source=data, text_field=text_field),
+        data=DataConfig(source=data, text_field=text_field, label=label),
         network=size | {"window": length},
         training=training,
     )

@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from textdiffusion.data import Corpus, evaluation_windows, tokenize, whole_text, word_set
+from textdiffusion.data import Corpus, tokenize, whole_text, word_set
 from textdiffusion.errors import UserError
-from textdiffusion.evaluation import Report, TextStatistics, evaluate, text_statistics
+from textdiffusion.evaluation import Figure, Report, TextStatistics, evaluate, text_statistics
 from textdiffusion.fit import prepare
 from textdiffusion.model import Model, load
 from textdiffusion.pacing import measure_costs
 from textdiffusion.run import Run
 from textdiffusion.tokenizer import Tokenizer
+from textdiffusion.windows import evaluation_labels, evaluation_windows
 
 # Of a short text so many noisy copies are read that figures for different numbers of calls can be told apart.
 MOST_EXAMPLES = 8192  # noisy windows that the optimal grid is measured on
@@ -29,6 +30,7 @@ class RunReport:
     run: str
     text: str
     likelihood: Report
+    unlabelled: Figure | None  # of a labelled run: what the text costs without its labels
     unseen: int  # held-out tokens that the tokenizer cannot express
     pieces: bool  # tokens are of several characters: the likelihood is of the text cut into them in the usual way
     samples: TextStatistics | None
@@ -40,6 +42,8 @@ class RunReport:
     def as_dict(self) -> dict[str, Any]:
         body = {"run": self.run, "text": self.text} | self.likelihood.as_dict() | {"unseen": self.unseen}
         body |= {"grid": self.grid}
+        if self.unlabelled is not None:
+            body |= {"unlabelled": vars(self.unlabelled)}
         if self.samples is None:
             return body | {"samples": None}
         return body | {"samples": asdict(self.samples) | {"calls": self.calls, "seconds": round(self.seconds, 2)}}
@@ -56,6 +60,8 @@ class RunReport:
             f"text            {self.text}: {like.characters:,} characters in {like.windows:,} windows",
             f"likelihood      {head}   ({kind[head.kind]})",
         ]
+        if self.unlabelled is not None:
+            out.append(f"  that is given the label of each window; without it  {self.unlabelled}")
         for figure in like.by_calls:
             out.append(f"  at {figure.calls:>4} calls  {figure}   (sampler: {figure.sampler}, grid: {self.grid})")
         if self.kept:
@@ -134,11 +140,17 @@ def report(
             )
         Run.open(keep).save_grid(measured, examples)
         model = load(keep, model.device, model.precision)
+    labels = evaluation_labels(held_out, model.window, limit=tokens)
+    process, how_read = model.process.on(model.grid(grid)), {"draws": draws, "seed": seed}
     likelihood = evaluate(
-        model.process.on(model.grid(grid)), windows, model.tokenizer.characters, model.tokenizer.spelling,
-        calls=calls, sampler=sampler,
-        draws=draws, seed=seed, device=model.device,
+        process, windows, model.tokenizer.characters, model.tokenizer.spelling, calls=calls, sampler=sampler,
+        labels=labels, device=model.device, **how_read,
     )  # fmt: skip
+    unlabelled = None
+    if labels is not None:
+        unlabelled = evaluate(
+            process, windows, model.tokenizer.characters, model.tokenizer.spelling, device=model.device, **how_read
+        ).figure
     unknown = model.tokenizer.unknown
     unseen = 0 if unknown is None else int(sum((w == unknown).sum() for w in windows))
     if lossy(model.tokenizer, corpus):
@@ -151,8 +163,8 @@ def report(
         statistics = text_statistics(texts, word_set(own), own.train)
     pieces = model.tokenizer.kind not in ("char", "byte")
     return RunReport(
-        model.config.family, name, likelihood, unseen, pieces, statistics, made, spent, model.grid(grid).name,
-        bool(measured),
+        model.config.family, name, likelihood, unlabelled, unseen, pieces, statistics, made, spent,
+        model.grid(grid).name, bool(measured),
     )  # fmt: skip
 
 

@@ -45,7 +45,8 @@ def build(config: RunConfig) -> Process:
     """The process of a config around a new network, seeded by ``training.seed``."""
     cls = family(config.family)
     process_config = with_fields(cls.Config, config.process, "process")
-    fields = config.network | cls.network_fields(process_config, config.vocabulary)
+    fields = config.network | {"classes": len(config.labels)}
+    fields |= cls.network_fields(process_config, config.vocabulary)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
         network = network_of(with_fields(TransformerConfig, fields, "network"))

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from textdiffusion.categorical import draw, reshape_law
-from textdiffusion.constraints import Hold, reshape_uncut, several
+from textdiffusion.constraints import Hold, reshape_uncut
 from textdiffusion.drafts import HasDraft
+from textdiffusion.editing import Edit
 from textdiffusion.errors import UserError
+from textdiffusion.guidance import Guidance, told
 from textdiffusion.noise import Noise
+from textdiffusion.particles import Particles, several
 from textdiffusion.process import Normal, Process, Reshape, State, Step
+from textdiffusion.steering import Steer, foreseen_text
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,11 @@ def sample(
     top_p: float | None = None,
     top_k: int | None = None,
     condition: Tensor | None = None,
+    guidance: Guidance | None = None,
     until: int | None = None,
     hold: Hold | None = None,
+    steer: Steer | None = None,
+    edit: Edit | None = None,
 ) -> Iterator[Frame]:
     """Denoise as many texts as ``noise`` has rows.
 
@@ -101,11 +108,13 @@ def sample(
         tokens, given: a template, int64 [B L] and bool [B L]: positions that are fixed.
         temperature, top_p, top_k: applied to the law of each token that its step starts from, the leave-one-out
             posterior where noise replaces tokens; anything but 1 and None is no longer the model's law.
-        condition: class labels int64 [B].
+        condition: class labels int64 [B], -1 for none.
+        guidance: by the labels (guidance.py); a step takes two calls, so that there are half as many steps.
         until: a token that ends a text: nothing is written behind the first one that is drawn. Only for families that
             write from left to right.
-        hold: holds the texts to a pattern (constraints.py). Of its particles, whose rows are denoised for each of the
-            noise's rows, frames show one; calls are those of all of them.
+        hold: holds the texts to a pattern (constraints.py). steer: by a reward (steering.py). Of their particles, whose
+            rows are denoised for each of the noise's rows, frames show one; calls are those of all of them.
+        edit: texts to rewrite (editing.py), in the place of noise alone.
     Raises:
         UserError: an unknown sampler, or something that the family cannot do.
     """
@@ -118,18 +127,27 @@ def sample(
     network = Counted(process.network)
     reshape = partial(reshape_law if hold is None else reshape_uncut, temperature=temperature, top_p=top_p, top_k=top_k)
     process = process.over(network).by(name)
-    particles = 1
-    if hold is not None:
+    if condition is None or (guidance is not None and guidance.weight == 0):
+        guidance = None
+    calls = calls if guidance is None else max(1, calls // 2)
+    particles, crowd = 1, None
+    if hold is not None or steer is not None:
         if until is not None:
-            raise UserError("a pattern is one of texts of a given length; leave out --stop")
-        particles = hold.particles
+            raise UserError("a pattern or a reward is of texts of a given length; leave out --stop")
+        if edit is not None:
+            raise UserError("patterns and rewards act from pure noise on; leave out --edit")
+        (particles,) = {part.particles for part in (hold, steer) if part is not None}
+        crowd = Particles(len(noise.rows) * particles, particles)
         noise = several(noise, particles)
         if tokens is not None and given is not None:
             tokens, given = (x.repeat_interleave(particles, 0) for x in (tokens, given))
+        condition = None if condition is None else condition.repeat_interleave(particles, 0)
 
     rows = len(noise.rows)
     start = noise.at(0)
-    if tokens is None or given is None:
+    if edit is not None:
+        state = edit.begin(process, start)
+    elif tokens is None or given is None:
         state = process.prior_sample(rows, length, start)
     else:
         state = process.template(tokens, given, start)
@@ -143,21 +161,28 @@ def sample(
     patterns = [free.numpy().tobytes() for free in ~fixed.cpu()]
     for pattern, free in zip(patterns, ~fixed.cpu(), strict=True):
         if pattern not in plans:
-            plans[pattern] = list(process.plan(free, calls, name)) if bool(free.any()) else [1.0, 0.0]
+            if not bool(free.any()):
+                plans[pattern] = [1.0, 0.0]
+            elif edit is not None:
+                plans[pattern] = edit.plan(process, free, calls, name)
+            else:
+                plans[pattern] = list(process.plan(free, calls, name))
     longest = max(map(len, plans.values()))
     times = torch.tensor(
         [plans[pattern] + [0.0] * (longest - len(plans[pattern])) for pattern in patterns], dtype=torch.float64
     ).to(written.device)
 
     def frame(k: int, t: float) -> Frame:
-        if particles == 1 or hold is None:
+        if crowd is None or particles == 1:
             return Frame(k, longest - 1, t, written.clone(), confidence.clone(), made.clone())
-        shown = hold.shown(start if k == longest - 1 else None)
+        shown = crowd.shown(start if k == longest - 1 else None)
         return Frame(k, longest - 1, t, written[shown], confidence[shown], made.view(-1, particles).sum(-1))
 
-    if hold is not None:
-        hold.begin(process, step, written, fixed)
-    yield frame(0, 1.0)
+    if crowd is not None and hold is not None:
+        hold.begin(process, step, written, fixed, crowd)
+    if crowd is not None and steer is not None:
+        steer.begin(crowd)
+    yield frame(0, float(times[:, 0].max()))
 
     # Rows with nothing to write leave before the start.
     active = (~fixed).any(-1).nonzero().squeeze(-1)
@@ -179,13 +204,16 @@ def sample(
         before = network.evaluations
         if bool(asking.any()):
             some = asking.nonzero().squeeze(-1)
+            speaker = process
+            if condition is not None:
+                speaker = told(process, condition[active[some]], guidance, state.t[some])
             if len(some) == len(asking):
-                state, probability = _in_parts(process, step, state, asked, s, now, reshape, condition, active, hold)
+                state, probability = _in_parts(speaker, step, state, asked, s, now, reshape, active, hold, steer)
             else:
                 # Rows for which nothing would change are not evaluated.
                 part, chance = _in_parts(
-                    process, step, state.select(some), asked[some], s[some], now.select(some),
-                    reshape, condition, active[some], hold,
+                    speaker, step, state.select(some), asked[some], s[some], now.select(some),
+                    reshape, active[some], hold, steer,
                 )  # fmt: skip
                 x = state.x.clone()
                 x[some] = part.x
@@ -203,15 +231,17 @@ def sample(
             if bool(ended[active].any()):
                 keep = (~ended[active]).nonzero().squeeze(-1)
                 state, active = state.select(keep), active[keep]
-        if hold is not None and (parents := hold.resample(noise.at(k), times[:, k] > 0)) is not None:
+        if k == longest - 1 and steer is not None:
+            steer.weigh(written, torch.arange(rows))  # as they came out
+        if crowd is not None and (parents := crowd.resample(noise.at(k), times[:, k] > 0)) is not None:
             # The particles of a text go by the same plan: all of them are active, or none is.
             parents = parents.to(written.device)
             written, confidence = written[parents], confidence[parents]
             place = torch.zeros(rows, dtype=torch.long, device=written.device)
             place[active] = torch.arange(len(active), device=written.device)
             state = state.select(place[parents[active]])
-        if hold is not None and k == longest - 1:
-            hold.finish()
+        if crowd is not None and k == longest - 1:
+            crowd.finish()
         yield frame(k, float(times[:, k].max()))
         if not len(active):
             return  # all texts have ended early
@@ -237,22 +267,22 @@ def _in_parts(
     s: Tensor,
     noise: Noise,
     reshape: Reshape,
-    condition: Tensor | None,
     rows: Tensor,
     hold: Hold | None = None,
+    steer: Steer | None = None,
 ) -> tuple[State, Tensor]:
     """``_advance``, a few positions at a time where the laws of all would be large and each stands by itself; the
     network is called once, and every number is the same."""
     size = max(1, TOGETHER // process.vocabulary)
     parts = asked.flatten().nonzero().squeeze(-1).split(size)
-    # A text that is held to a pattern is drawn as a whole.
-    if hold is not None or len(parts) <= 1 or not step.apart or process.remembers:
-        return _advance(process, step, state, asked, s, noise, reshape, condition, rows, hold)
+    # A text that is held to a pattern is drawn as a whole, and one that is weighed foreseen as a whole.
+    if hold is not None or steer is not None or len(parts) <= 1 or not step.apart or process.remembers:
+        return _advance(process, step, state, asked, s, noise, reshape, rows, hold, steer)
     process = process.over(_Once(process.network, asked))
     x, probability = state.x.clone(), torch.zeros(asked.shape, dtype=torch.float64, device=state.x.device)
     for part in parts:
         chosen = torch.zeros_like(asked).view(-1).index_fill_(0, part, True).view(asked.shape)
-        after, chance = _advance(process, step, state, chosen, s, noise, reshape, condition, rows)
+        after, chance = _advance(process, step, state, chosen, s, noise, reshape, rows)
         x[chosen], probability[chosen] = after.x[chosen], chance[chosen]
     return replace(state, x=x, t=s), probability
 
@@ -265,19 +295,22 @@ def _advance(
     s: Tensor,
     noise: Noise,
     reshape: Reshape,
-    condition: Tensor | None,
     rows: Tensor,
     hold: Hold | None = None,
+    steer: Steer | None = None,
 ) -> tuple[State, Tensor]:
     """One network call and one step; also the probability [B L] of each token drawn in it, 0 elsewhere."""
-    held = step if hold is not None and isinstance(step, HasDraft) else None
+    held = step if (hold is not None or steer is not None) and isinstance(step, HasDraft) else None
     foreseen = asked if held is None else held.foreseen(state)
-    prediction = process.predict(state, foreseen, None if condition is None else condition[rows])
+    prediction = process.predict(state, foreseen)
     if prediction.memory is not None and not process.remembers:
         raise ValueError(f"{type(process).__name__} carries a memory from step to step: it must say remembers = True")
     draft = None
     if hold is None or held is None:
-        law = step.law(state, asked, prediction, s, reshape)
+        spoken = prediction
+        if held is not None and not torch.equal(asked, foreseen):
+            spoken = replace(prediction, log_p=prediction.log_p[asked[foreseen]])
+        law = step.law(state, asked, spoken, s, reshape)
     else:
         draft = held.draft(state, asked, prediction, s, reshape)
         law = draft.given(hold.text(draft, process.decode(state), noise, rows))
@@ -291,6 +324,8 @@ def _advance(
     if hold is not None and draft is not None:
         hold.weigh(draft, x, rows)
     after = replace(state, x=x, t=s, memory=prediction.memory)
+    if steer is not None and bool((s > 0).any()):
+        steer.weigh(foreseen_text(process, step, state, asked, prediction, s, reshape, after, noise), rows)
     probability = torch.zeros(asked.shape, dtype=torch.float64, device=x.device)
     new = process.decode(after)[foreseen]
     chance = prediction.log_p.gather(-1, new.clamp(min=0).unsqueeze(-1)).squeeze(-1).exp().double()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -33,6 +33,7 @@ class TrainingConfig:
     warmup: float = 0.02  # share over which the rates rise
     cooldown: float = 0.5  # share over which they fall to zero at the end
     average: float = 0.05  # horizon of the weight average as a share of the steps made so far
+    unlabelled: float = 0.1  # share of the examples whose label is kept from the network, for guidance
     precision: Precision = "auto"
     compile: bool = False  # fuse elementwise work with torch.compile, which needs a C++ compiler on a CPU
     evaluations: int = 20  # validations over the training
@@ -54,7 +55,7 @@ class TrainingConfig:
             ("batch", 1, 1e9), ("micro_batch", 1, 1e9), ("evaluations", 1, 1e6), ("matrix_rate", 0, 10),
             ("rate", 0, 10), ("weight_decay", 0, 1), ("momentum", 0, 0.9999), ("beta2", 0, 0.999999),
             ("clip", 1e-9, 1e9), ("warmup", 0, 1), ("cooldown", 0, 1), ("average", 1e-6, 1),
-            ("checkpoint_seconds", 0, 1e9),
+            ("checkpoint_seconds", 0, 1e9), ("unlabelled", 0, 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -94,6 +95,7 @@ def check_writing(
     prompt: str | None = None,
     infill: str | None = None,
     top_k: int | None = None,
+    edit: str | None = None,
 ) -> None:
     """Refuse what no run could write: numbers out of range, two templates. None is what is not asked for.
 
@@ -109,6 +111,27 @@ def check_writing(
         raise UserError(f"--top-p must be above 0 and at most 1, not {top_p:g}")
     if prompt is not None and infill is not None:
         raise UserError("give --prompt or --infill, not both: a template can begin with the prompt")
+    if edit is not None and (prompt is not None or infill is not None):
+        raise UserError("--edit rewrites the text that it is given; leave out --prompt and --infill")
+
+
+def check_label(label: str | None, labels: Sequence[str], guidance: float, ramp: float) -> None:
+    """Refuse a label that a run does not know, and guidance without one.
+
+    Raises:
+        UserError: naming the labels that there are.
+    """
+    if label is None:
+        if guidance != 0 or ramp != 0:
+            raise UserError("--guidance and --ramp are towards a label; give --label as well")
+        return
+    if not labels:
+        raise UserError("this run was trained without labels; train one with --label FIELD, or leave out --label")
+    if label not in labels:
+        shown = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
+        raise UserError(f"this run has no label {label!r}; it has: {shown}")
+    if not (-1 <= guidance <= 100 and 0 <= ramp <= 1):
+        raise UserError(f"--guidance must be from -1 to 100 and --ramp from 0 to 1, not {guidance:g} and {ramp:g}")
 
 
 def check_replay(path: str | Path | None, n: int) -> None:

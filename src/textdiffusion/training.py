@@ -246,22 +246,34 @@ class Progress:
 
 
 def train(
-    process: Process, batch_of: Callable[[np.ndarray], np.ndarray], learner: Learner, device: torch.device | str = "cpu"
+    process: Process,
+    batch_of: Callable[[np.ndarray], np.ndarray],
+    learner: Learner,
+    device: torch.device | str = "cpu",
+    labels_of: Callable[[np.ndarray], np.ndarray | None] | None = None,
 ) -> Iterator[Progress]:
     """Train until done, yielding after every step; what the caller does between two steps counts as training time.
 
     Args:
         process: its network must be ``learner.network``.
-        batch_of: global example numbers int64 [B] to windows int64 [B L] (``data.Windows.rows``).
+        batch_of: global example numbers int64 [B] to windows int64 [B L] (``windows.Windows.rows``).
         learner: where to start from; changed in place.
+        labels_of: the same to their labels int64 [B], or None (``windows.Windows.labels``); a share of them is kept
+            from the network, ``training.unlabelled``.
     """
     config, clock = learner.config, time.perf_counter()
     before = learner.seconds
     rows = np.arange(config.batch, dtype=np.int64)
     while learner.progress < 1:
-        x_0 = torch.from_numpy(batch_of(learner.step * config.batch + rows)).to(device)
+        examples = learner.step * config.batch + rows
+        x_0 = torch.from_numpy(batch_of(examples)).to(device)
         noise = Noise(config.seed, rows, config.batch, learner.step, device)
-        loss = learner.learn(process, x_0, noise)
+        labels = None if labels_of is None else labels_of(examples)
+        condition = None
+        if labels is not None:
+            kept = noise.uniform("unlabelled") >= config.unlabelled
+            condition = torch.where(kept, torch.from_numpy(labels).to(device), -1)
+        loss = learner.learn(process, x_0, noise, condition)
         learner.seconds = before + time.perf_counter() - clock
         yield Progress(learner.step, learner.progress, loss, x_0.numel(), learner.seconds)
         learner.seconds = before + time.perf_counter() - clock

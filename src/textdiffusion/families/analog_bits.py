@@ -25,6 +25,7 @@ from torch import Tensor
 
 from textdiffusion.coded import Coded, CodedConfig, Guess, Said
 from textdiffusion.errors import UserError
+from textdiffusion.guidance import guided_law
 from textdiffusion.process import Context, Network, Prediction
 
 
@@ -107,6 +108,12 @@ class AnalogBits(Coded):
             bits = bits + 2 * torch.sigmoid(said.log_snr).sqrt() / torch.sigmoid(-said.log_snr) * said.z
         # log p(v) = sum over bits of log sigmoid(code * logit), up to what is the same for all tokens.
         return Guess(0.5 * bits @ self.book.to(bits).T, None, torch.tanh(bits / 2))
+
+    def guided(self, labelled: Tensor, bare: Tensor, weight: Tensor, x: Tensor, t: Tensor | None) -> Tensor:
+        """Logits of tokens, or of bits, each of which is a law of its own (guidance.py)."""
+        if self.config.output == "softmax":
+            return guided_law(labelled, bare, weight)
+        return (1 + weight) * labelled - weight * bare
 
     def cost(self, said: Said, guess: Guess, x_0: Tensor) -> Tensor:
         if guess.reals is None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from textdiffusion.coded import Coded, CodedConfig, Guess, Said
 from textdiffusion.errors import UserError
 from textdiffusion.gaussian import from_x_0, to_x_0
+from textdiffusion.guidance import guided_law
 from textdiffusion.process import Context, Network
 
 # Log-SNR, a real, at which a real prediction of x_0 is taken for a noisy view of the token's embedding.
@@ -84,6 +85,12 @@ class GaussianEmbedding(Coded):
         reals = reals * (reals.square().mean(-1, keepdim=True).clamp(min=1.0) ** -0.5)
         sharpness = torch.full_like(said.log_snr, SHARPNESS).exp()
         return Guess(sharpness * (reals @ self.codes().to(reals.dtype).T), None, reals)
+
+    def guided(self, labelled: Tensor, bare: Tensor, weight: Tensor, x: Tensor, t: Tensor | None) -> Tensor:
+        """Logits of tokens (guidance.py); or real targets, further from the unlabelled ones, as 2207.12598 has it."""
+        if self.config.target == "tokens":
+            return guided_law(labelled, bare, weight)
+        return (1 + weight) * labelled - weight * bare
 
     def cost(self, said: Said, guess: Guess, x_0: Tensor) -> Tensor:
         nats = F.cross_entropy(guess.posterior(), x_0, reduction="none")

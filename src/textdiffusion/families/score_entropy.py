@@ -27,6 +27,7 @@ from torch.nn.functional import one_hot, pad
 
 from textdiffusion.conditioning import random_given
 from textdiffusion.errors import UserError
+from textdiffusion.guidance import guided_law
 from textdiffusion.noise import Noise
 from textdiffusion.process import Context, Network, Prediction, Reshape, State, as_network
 from textdiffusion.replacing import SMALLEST, Bridge, Outlook, Replacing, Rewriting
@@ -131,10 +132,25 @@ class ScoreEntropy(Replacing):
         marginal = ratios.softmax(-1)  # m(y) = r'(y) / sum of r'
         if self.config.graph == "absorb":
             return Outlook(logits.log_softmax(-1), marginal)
-        alpha = self.alpha(state.t)[row]
-        context = ((marginal - (1 - alpha) * self.base.to(row.device)) / alpha.clamp(min=1e-12)).clamp(min=1e-30)
+        return Outlook(self.context(marginal, self.alpha(state.t)[row]).log(), marginal)
+
+    def guided(self, labelled: Tensor, bare: Tensor, weight: Tensor, x: Tensor, t: Tensor | None) -> Tensor:
+        """Log-ratios of the guided law of tokens (guidance.py): with absorbing noise the rate stays that of the
+        labelled ones, with uniform noise the ratios are those of the marginal that follows."""
+        if self.config.graph == "absorb" or t is None:
+            return guided_law(labelled, bare, weight)
+        alpha = self.schedule.alpha(t.double()).unsqueeze(-1)
+        ratios = (self.log_ratios(out.double(), x, t) for out in (labelled, bare))
+        context = [self.context(r.softmax(-1), alpha).log() for r in ratios]
+        marginal = self.marginal(guided_law(*context, weight).softmax(-1), alpha)
+        return (marginal / marginal.gather(-1, x.unsqueeze(-1))).log()
+
+    def context(self, marginal: Tensor, alpha: Tensor) -> Tensor:
+        """The law of a token [N V] behind a marginal [N V] of uniform noise, alpha [N 1]; free ratios can ask for less
+        than nothing."""
+        context = ((marginal - (1 - alpha) * self.base.to(alpha.device)) / alpha.clamp(min=1e-12)).clamp(min=1e-30)
         context = torch.where(alpha > 1e-12, context, marginal)
-        return Outlook((context / context.sum(-1, keepdim=True)).log(), marginal)
+        return context / context.sum(-1, keepdim=True)
 
     def rate_penalty(self, x_0: Tensor, state: State) -> Tensor:
         """What of the integrand is due to the rate of reveals being wrong, nats per unit of time [B] (absorb)."""
