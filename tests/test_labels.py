@@ -12,6 +12,7 @@ import textdiffusion as td
 from textdiffusion.cli import main
 from textdiffusion.data import DataConfig, load_corpus, tokenize
 from textdiffusion.errors import UserError
+from textdiffusion.ranking import rank
 from textdiffusion.tokenizer import build
 from textdiffusion.windows import Windows, evaluation_labels, evaluation_windows
 
@@ -72,7 +73,7 @@ def test_what_is_no_label_is_refused(folder, tmp_path):
         (
             records(tmp_path / "a.jsonl", ["early", "late"] * 20),
             "sort",
-            "record 1: no --label sort; its fields are: text",
+            "record 1: no --label sort; its fields",
         ),
         (records(tmp_path / "b.jsonl", ["early"] * 20), "kind", "finds 1 different"),
     ):
@@ -99,8 +100,8 @@ def share(texts: list[str], label: str) -> float:
 
 def test_texts_have_their_label_and_guidance_gives_more_of_it(model):
     for label in LETTERS:
-        by_weight = [share(model.sample(8, calls=c, label=label, guidance=w), label) for w, c in ((0.0, 8), (3.0, 16))]
-        assert by_weight[0] > 0.8 and by_weight[1] >= max(by_weight[0], 0.97), by_weight
+        shares = [share(model.sample(8, calls=16, label=label, guidance=w), label) for w in (-0.7, 0.0, 3.0)]
+        assert shares[0] < shares[1] > 0.8 and shares[2] > 0.97, shares
     free = share(model.sample(16, calls=8, label="late", guidance=-1.0), "late")
     assert 0.2 < free < 0.8  # either file's, as without a label
 
@@ -140,8 +141,6 @@ def test_rewards_and_ranking_in_the_api(model):
 def test_a_likelier_text_ranks_first(model):
     """Among letters of one file, and of both; given the label, too."""
     ids = torch.tensor([model.tokenizer.encode(t) for t in ("abcd ddbc cbda a", "azcx dwby czdx a")])
-    from textdiffusion.ranking import rank
-
     order = rank(model.process, ids, model.tokenizer.characters, model.window, draws=16)
     assert [number for number, _ in order] == [0, 1] and order[0][1].kind == "upper"
     told = [rank(model.process, ids[:1], model.tokenizer.characters, 16, label=k, draws=16)[0][1] for k in (0, 1)]

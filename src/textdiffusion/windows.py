@@ -37,9 +37,10 @@ class Windows:
         self.length, self.seed, self._tokens = length, seed, runs.tokens
         self._starts, self._sizes = runs.runs[:-1][sizes >= length], sizes[sizes >= length]
         self._labels = None if runs.labels is None else runs.labels[sizes >= length]
-        if runs.labels is not None and (rare := np.setdiff1d(runs.labels, self._labels)).size:
+        rare = np.setdiff1d(runs.labels, self._labels) if runs.labels is not None and self._labels is not None else ()
+        if len(rare):
             raise UserError(
-                f"{rare.size} of the labels have less text than a window of {length} tokens; leave them out, or "
+                f"{len(rare)} of the labels have less text than a window of {length} tokens; leave them out, or "
                 "choose a smaller --length"
             )
         self._shifts = np.minimum(length, self._sizes - length + 1)  # every run keeps a window whatever its shift
