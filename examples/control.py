@@ -89,6 +89,7 @@ def bits_of(judge: td.Model, texts: list[str]) -> float:
     """Bits a character of texts to a left-to-right model, exact; what it cannot spell is left out."""
     nats, characters = 0.0, 0
     known = [judge.tokenizer.encode(text) for text in texts if not judge.tokenizer.unseen(text)]
+    known = [ids for ids in known if len(ids) <= judge.window]
     for length in {len(ids) for ids in known}:
         some = [ids for ids in known if len(ids) == length]
         with torch.inference_mode():
@@ -145,10 +146,9 @@ def gap_bits(process: Process, ids: np.ndarray, gap: slice, draws: int = 4) -> f
 @torch.inference_mode()
 def left_bits(judge: td.Model, ids: np.ndarray, gap: slice) -> float:
     """Bits a character of the gap to a left-to-right model that sees what stands on its left."""
-    parts = [
-        judge.process.nll(torch.from_numpy(ids[:end]).unsqueeze(0), Noise.of(0, 1)).total for end in (gap.start, gap.stop)
-    ]
-    return float(parts[1] - parts[0]) * BITS / (gap.stop - gap.start)
+    ends = (torch.from_numpy(ids[:end]).unsqueeze(0) for end in (gap.start, gap.stop))
+    before, behind = (judge.process.nll(part, Noise.of(0, 1)).total for part in ends)
+    return float(behind - before) * BITS / (gap.stop - gap.start)
 
 
 def filled(model: td.Model, windows: list[np.ndarray], options: argparse.Namespace) -> dict[str, Any]:

@@ -61,6 +61,9 @@ def test_the_minute_of_use_runs_as_shown(tmp_path):
     (tmp_path / "my.txt").write_text(
         "It was a bright cold day in April, and the clocks were striking thirteen. Once upon a time, " * 400
     )
+    (tmp_path / "books").mkdir()
+    for name, line in (("war", "The prince rode out to the army. "), ("tales", "Once there was a little cat. ")):
+        (tmp_path / "books" / f"{name}.txt").write_text(line * 200)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     ran = 0
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
