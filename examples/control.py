@@ -85,7 +85,7 @@ def kinds(words: list[str]) -> dict[str, tuple[dict[str, Any], Callable[[str], b
     }
 
 
-def bits_of(judge: td.Model, texts: list[str]) -> float:
+def bits_of(judge: td.Model, texts: list[str]) -> float | None:
     """Bits a character of texts to a left-to-right model, exact; what it cannot spell is left out."""
     nats, characters = 0.0, 0
     known = [judge.tokenizer.encode(text) for text in texts if not judge.tokenizer.unseen(text)]
@@ -95,7 +95,7 @@ def bits_of(judge: td.Model, texts: list[str]) -> float:
         with torch.inference_mode():
             nats += float(judge.process.nll(torch.tensor(some), Noise.of(0, len(some))).total.sum())
         characters += sum(int(judge.tokenizer.characters[np.array(ids)].sum()) for ids in some)
-    return nats * BITS / characters
+    return nats * BITS / characters if characters else None
 
 
 def constrained(
