@@ -40,6 +40,7 @@ from textdiffusion.noise import Noise
 from textdiffusion.process import HasCurve, Process, State
 from textdiffusion.windows import evaluation_windows
 
+PARTS = ("constraints", "gaps", "guidance")
 WEIGHTS = (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0)
 RAMPS = (0.0, 1.0)
 REGEX, CONTAINED, ACROSTIC, COMMONEST = r"Then [a-z ,]+\.", "Prince", "war", 300
@@ -254,6 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--runs", nargs="*", default=[])
     parser.add_argument("--judge")
     parser.add_argument("--labelled", nargs="*", default=[])
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
     for name, value in (("texts", 200), ("length", 32), ("calls", 16), ("window", 64), ("gap", 8), ("gaps", 50),
                         ("alternatives", 4), ("draws", 16)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -269,15 +271,18 @@ def main(arguments: list[str] | None = None) -> None:
         counts = collections.Counter(re.findall(r"[a-z]+", " ".join(corpus.train)))
         common = [word for word, _ in counts.most_common(COMMONEST)]
         windows = gaps(corpus, judge, options)
-    for path in [*options.runs, *([options.judge] if options.judge else [])]:
+    every = [*options.runs, *([options.judge] if options.judge else [])]
+    for path in every if "constraints" in options.only else []:
         model = td.load(path, "cpu", "fp32")
         for kind, (how, fits) in kinds(common).items():
             key = {"part": "constraints", "run": Path(path).name, "family": model.config.family, "kind": kind}
             rows.row(key, constrained, model, judge, book, how, fits, options)
+    for path in every if "gaps" in options.only else []:
+        model = td.load(path, "cpu", "fp32")
         key = {"part": "gaps", "run": Path(path).name, "family": model.config.family}
         if model.tokenizer.to_json() == judge.tokenizer.to_json():
             rows.row(key, filled, model, windows, options)
-    for path in options.labelled:
+    for path in options.labelled if "guidance" in options.only else []:
         model = td.load(path, "cpu", "fp32")
         corpus, _, _ = prepare(model.config, model.tokenizer)
         classify = NaiveBayes(labelled_texts(corpus, "train"))

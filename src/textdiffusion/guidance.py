@@ -135,8 +135,8 @@ class Guided:
         if positions is None:
             positions = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
             shape, weight = labelled.shape, weight.expand(*x.shape[:2], 1)[positions]
-            flat = [part.flatten(0, 1) for part in said]
-            return self.process.guided(*flat, weight, x[positions], _times(t, positions)).view(shape)
+            labelled, bare = labelled.flatten(0, 1), bare.flatten(0, 1)
+            return self.process.guided(labelled, bare, weight, x[positions], _times(t, positions)).view(shape)
         return self.process.guided(labelled, bare, weight, x[positions], _times(t, positions))
 
     def __getattr__(self, name: str) -> Any:

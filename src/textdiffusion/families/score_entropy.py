@@ -141,8 +141,8 @@ class ScoreEntropy(Replacing):
             return guided_law(labelled, bare, weight)
         alpha = self.schedule.alpha(t.double()).unsqueeze(-1)
         ratios = (self.log_ratios(out.double(), x, t) for out in (labelled, bare))
-        context = [self.context(r.softmax(-1), alpha).log() for r in ratios]
-        marginal = self.marginal(guided_law(*context, weight).softmax(-1), alpha)
+        with_label, without = (self.context(r.softmax(-1), alpha).log() for r in ratios)
+        marginal = self.marginal(guided_law(with_label, without, weight).softmax(-1), alpha)
         return (marginal / marginal.gather(-1, x.unsqueeze(-1))).log()
 
     def context(self, marginal: Tensor, alpha: Tensor) -> Tensor:
