@@ -234,7 +234,7 @@ class Model:
         steer = None if reward is None else steer_by(reward, self.tokenizer.decode, particles)
         if particles != 1 and hold is None and steer is None:
             raise UserError(
-                "--particles goes with a pattern: --regex, --must-contain, --words or --acrostic; or a reward"
+                "--particles goes with a pattern (--regex, --must-contain, --words, --acrostic) or a reward"
             )
         if (hold is not None or steer is not None) and stop:
             raise UserError("a pattern is one of whole texts of a given length; leave out --stop")

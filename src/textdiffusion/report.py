@@ -141,16 +141,17 @@ def report(
         Run.open(keep).save_grid(measured, examples)
         model = load(keep, model.device, model.precision)
     labels = evaluation_labels(held_out, model.window, limit=tokens)
-    process, how_read = model.process.on(model.grid(grid)), {"draws": draws, "seed": seed}
+    process = model.process.on(model.grid(grid))
     likelihood = evaluate(
         process, windows, model.tokenizer.characters, model.tokenizer.spelling, calls=calls, sampler=sampler,
-        labels=labels, device=model.device, **how_read,
+        labels=labels, draws=draws, seed=seed, device=model.device,
     )  # fmt: skip
     unlabelled = None
     if labels is not None:
         unlabelled = evaluate(
-            process, windows, model.tokenizer.characters, model.tokenizer.spelling, device=model.device, **how_read
-        ).figure
+            process, windows, model.tokenizer.characters, model.tokenizer.spelling, draws=draws, seed=seed,
+            device=model.device,
+        ).figure  # fmt: skip
     unknown = model.tokenizer.unknown
     unseen = 0 if unknown is None else int(sum((w == unknown).sum() for w in windows))
     if lossy(model.tokenizer, corpus):
