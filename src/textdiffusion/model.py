@@ -233,9 +233,7 @@ class Model:
         hold = self._hold(Pattern.of(regex, must_contain, words, acrostic), length, template, particles)
         steer = None if reward is None else steer_by(reward, self.tokenizer.decode, particles)
         if particles != 1 and hold is None and steer is None:
-            raise UserError(
-                "--particles goes with a pattern (--regex, --must-contain, --words, --acrostic) or a reward"
-            )
+            raise UserError("--particles goes with a pattern (--regex, --must-contain, --words, --acrostic) or reward")
         if (hold is not None or steer is not None) and stop:
             raise UserError("a pattern is one of whole texts of a given length; leave out --stop")
         noise = Noise(seed, np.arange(first_row, first_row + n), n, device=self.device)
