@@ -19,7 +19,7 @@ FLOORS = [
     {"families"},  # and every file in families/
     {"data", "windows", "settings", "training", "sampling", "constraints", "particles", "steering", "editing"}
     | {"evaluation", "divergence", "ranking", "template", "deterministic_order", "pacing", "recommendation"},
-    {"config", "run", "presets", "card", "fit", "model", "report", "catalogue", "verification"}
+    {"config", "run", "presets", "card", "fit", "model", "loading", "report", "catalogue", "verification"}
     | {"frames", "plots", "replay", "watching"},  # and every file in replay/ and verification/
     {"doctor", "terminal", "demo", "flags", "cli", "compare", "ui", "__main__"},  # and every file in compare/ and ui/
 ]

@@ -391,7 +391,7 @@ def test_training_refuses_a_text_that_changed(tmp_path):
 
 
 def test_devices():
-    from textdiffusion.model import pick_device
+    from textdiffusion.loading import pick_device
 
     assert pick_device("auto") in ("cpu", "cuda")
     with pytest.raises(td.UserError):

@@ -15,10 +15,11 @@ import pytest
 import textdiffusion as td
 from textdiffusion.cli import main
 from textdiffusion.config import SHIPPED, SHIPPED_INSTEAD
-from textdiffusion.data import evaluation_windows, tokenize
+from textdiffusion.data import tokenize
 from textdiffusion.evaluation import evaluate
 from textdiffusion.fit import prepare
 from textdiffusion.run import build
+from textdiffusion.windows import evaluation_windows
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "examples" / "first_minutes.ipynb"

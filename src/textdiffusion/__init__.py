@@ -20,14 +20,15 @@ __all__ = ["SHIPPED", "Model", "UserError", "load", "train"]
 if TYPE_CHECKING:
     from textdiffusion.config import SHIPPED
     from textdiffusion.errors import UserError
-    from textdiffusion.model import Model, load, train
+    from textdiffusion.loading import load, train
+    from textdiffusion.model import Model
 
 
 def __getattr__(name: str) -> Any:
     if name in ("Model", "load", "train"):
-        from textdiffusion import model
+        from textdiffusion import loading
 
-        return getattr(model, name)
+        return getattr(loading, name)  # which has Model too
     if name == "SHIPPED":
         from textdiffusion.config import SHIPPED
 

@@ -106,7 +106,7 @@ def _train(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if args.dry_run:
         return _dry_run(args, config)
-    from textdiffusion.model import pick_device
+    from textdiffusion.loading import pick_device
     from textdiffusion.terminal import follow
 
     path = args.out or new_run_path(config.family, config.data.source)
@@ -120,7 +120,7 @@ def _resume(args: argparse.Namespace) -> int:
     _only(args, ("--resume", "--out", "--device", "--json"), "--resume goes on with a run as it was begun")
     path = args.out or newest_run()
     config = read_config(path)
-    from textdiffusion.model import pick_device
+    from textdiffusion.loading import pick_device
     from textdiffusion.terminal import follow
 
     return _report(args, follow(config, path, True, pick_device(args.device), _console(args.json), args.json))
@@ -140,7 +140,7 @@ def _report(args: argparse.Namespace, stopped: Stopped) -> int:
 
 def _dry_run(args: argparse.Namespace, config: RunConfig) -> int:
     from textdiffusion.doctor import estimate
-    from textdiffusion.model import pick_device
+    from textdiffusion.loading import pick_device
 
     plan = estimate(config, pick_device(args.device))
     if args.json:
@@ -176,7 +176,7 @@ def _sample(args: argparse.Namespace) -> int:
         raise UserError("--best chooses among texts once they are written; leave out --watch, --reproducible, --edit")
     path, config = _run(args)
     check_label(args.label, config.labels, args.guidance, args.ramp)
-    from textdiffusion.model import load
+    from textdiffusion.loading import load
 
     model = load(path, args.device, args.precision)
     if args.proofread is not None:
@@ -276,7 +276,7 @@ def _eval(args: argparse.Namespace) -> int:
         from textdiffusion.data import check_source
 
         check_source(args.data)
-    from textdiffusion.model import load
+    from textdiffusion.loading import load
     from textdiffusion.report import report
 
     model: Model = load(path, args.device)

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from textdiffusion.config import RUNS
-from textdiffusion.model import load, pick_device
+from textdiffusion.loading import load, pick_device
 from textdiffusion.presets import demo_config
 from textdiffusion.terminal import follow, leave_plot
 

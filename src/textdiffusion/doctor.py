@@ -15,7 +15,7 @@ from textdiffusion import __version__
 from textdiffusion.config import RunConfig
 from textdiffusion.data import tokenize
 from textdiffusion.fit import prepare
-from textdiffusion.model import pick_device
+from textdiffusion.loading import pick_device
 from textdiffusion.networks.network import TextNetwork
 from textdiffusion.noise import Noise
 from textdiffusion.process import count_parameters

@@ -12,7 +12,8 @@ from textdiffusion.data import Corpus, tokenize, whole_text, word_set
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import Figure, Report, TextStatistics, evaluate, text_statistics
 from textdiffusion.fit import prepare
-from textdiffusion.model import Model, load
+from textdiffusion.loading import load
+from textdiffusion.model import Model
 from textdiffusion.pacing import measure_costs
 from textdiffusion.run import Run
 from textdiffusion.tokenizer import Tokenizer

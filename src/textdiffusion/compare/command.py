@@ -35,7 +35,7 @@ def compare(args: argparse.Namespace, console: Console) -> int:
     from textdiffusion.compare.driving import Comparison, Interrupted
     from textdiffusion.compare.figures import draw
     from textdiffusion.compare.page import page
-    from textdiffusion.model import pick_device
+    from textdiffusion.loading import pick_device
 
     comparison = Comparison(plan, out, pick_device(args.device), console, args.json)
     try:

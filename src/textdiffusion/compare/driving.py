@@ -30,7 +30,7 @@ from textdiffusion.data import fingerprint
 from textdiffusion.doctor import machine
 from textdiffusion.errors import UserError
 from textdiffusion.fit import prepare
-from textdiffusion.model import load
+from textdiffusion.loading import load
 from textdiffusion.noise import Noise
 from textdiffusion.process import count_parameters
 from textdiffusion.run import Run, build

@@ -18,7 +18,7 @@ from textdiffusion.compare.gaming import GAMES, held_out, played
 from textdiffusion.compare.judging import Judge
 from textdiffusion.compare.plan import Plan
 from textdiffusion.config import RunConfig
-from textdiffusion.data import WORD, Corpus, TokenRuns, evaluation_windows, tokenize, word_set
+from textdiffusion.data import WORD, Corpus, tokenize, word_set
 from textdiffusion.divergence import divergence
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import MOST_COPIES, evaluate, text_statistics
@@ -29,6 +29,7 @@ from textdiffusion.process import HasCurve, Process
 from textdiffusion.report import lossy, without_kind
 from textdiffusion.sampling import Counted, sample
 from textdiffusion.tokenizer import Tokenizer
+from textdiffusion.windows import TokenRuns, evaluation_windows
 
 GAP = 3  # tokens of the span that is filled
 GAPS = 128  # windows of which a span is filled, at most

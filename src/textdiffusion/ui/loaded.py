@@ -15,7 +15,8 @@ from textdiffusion.catalogue import listing
 from textdiffusion.config import run_to_use
 from textdiffusion.errors import UserError
 from textdiffusion.families import family, names
-from textdiffusion.model import Model, load
+from textdiffusion.loading import load
+from textdiffusion.model import Model
 from textdiffusion.template import Template, gaps, prompt
 
 MOST_TEXTS = 8

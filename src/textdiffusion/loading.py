@@ -1,0 +1,72 @@
+"""From a run directory, or from data, to a model."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from textdiffusion.config import SHIPPED, SHIPPED_INSTEAD, new_run_path, newest_run, read_config, run_to_use
+from textdiffusion.errors import UserError
+from textdiffusion.fit import Stopped, fit
+from textdiffusion.model import Model
+from textdiffusion.presets import configure
+from textdiffusion.run import Run
+from textdiffusion.settings import Precision, check_device
+
+
+def pick_device(device: str) -> str:
+    """ "auto" is a CUDA GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    check_device(device)
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA GPU that torch can use here; try --device cpu, or `textdiffusion doctor`")
+    return device
+
+
+def load(path: str | Path | None = None, device: str = "auto", precision: Precision = "auto") -> Model:
+    """Load a run directory; None takes the newest under runs/, or warns that it takes the one that comes with the
+    package where there is none (`textdiffusion.SHIPPED`).
+
+    Args:
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        precision: what to sample in: "fp32", "bf16", or "auto" for what this machine multiplies faster.
+    Raises:
+        UserError: there is no run, or it is damaged.
+    """
+    device = pick_device(device)
+    place = run_to_use() if path is None else Path(path)
+    if path is None and place == SHIPPED:
+        warnings.warn(SHIPPED_INSTEAD, stacklevel=2)
+    run = Run.open(place)
+    return Model(run.load(device), run.tokenizer, run.config, device, precision)
+
+
+def train(out: str | Path | None = None, device: str = "auto", resume: bool = False, **flags: Any) -> Model:
+    """Train a model and load it; arguments as in `presets.configure` (family, data, tokenizer, length, depth, steps,
+    minutes, seed, settings). Prints nothing; use the command line, or `fit.fit`, to see it learn.
+
+    Raises:
+        UserError: unusable data or settings.
+    """
+    if resume:
+        if flags:
+            raise UserError(
+                f"resume goes on with a run as it was begun; leave out {next(iter(flags))}, or start a new run"
+            )
+        path = Path(out) if out is not None else newest_run()
+        config = read_config(path)
+    else:
+        config = configure(**flags)
+        path = Path(out) if out is not None else new_run_path(config.family, config.data.source)
+    for event in fit(config, path, resume=resume, device=pick_device(device)):
+        if isinstance(event, Stopped) and event.signal is not None:
+            raise KeyboardInterrupt(f"stopped and saved in {path}")
+    return load(path, device)
