@@ -109,7 +109,7 @@ def test_texts_have_their_label_and_guidance_gives_more_of_it(model):
 def test_an_edit_towards_the_other_label_changes_the_letters(model):
     old = "abcd dcba abba c"
     assert model.edit(old, 0.0, label="late") == [old]
-    new = model.edit(old, 1.0, 4, 8, label="late", guidance=2.0)
+    new = model.edit(old, 1.0, 4, 32, label="late", guidance=2.0)
     assert share(new, "late") > 0.9 and all(len(text) == len(old) for text in new)
     some = model.edit(old, 0.3, 8, 8, label="late")
     kept = np.mean([a == b for text in some for a, b in zip(text, old)])
