@@ -751,7 +751,14 @@ class CarriedBoundByCurve(SparseDistribution):
     orders = None
 
     def curve_weights(self, length, calls, sampler=None):
-        return super().curve_weights(length, calls, "random" if sampler == "carried" else sampler)
+        if sampler != "carried":
+            return super().curve_weights(length, calls, sampler)
+        steps = self.steps
+        self.steps = steps | {"random": steps["carried"]}
+        try:
+            return super().curve_weights(length, calls, "random")
+        finally:
+            self.steps = steps
 
 
 class HidesAnything(Remasking):

@@ -284,8 +284,9 @@ def test_frames_can_be_read(masked, pieces):
 def test_watching_in_a_terminal_and_over_a_pipe(masked, capsys):
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=60)
-    texts = watch(masked.stream(2, calls=3, infill="a ____ b"), console, seconds=0.01)
-    assert texts == masked.infill("a ____ b", n=2, calls=3)
+    how = {"calls": 3, "sampler": "random", "infill": "a ____ b"}
+    texts = watch(masked.stream(2, **how), console, seconds=0.01)
+    assert texts == masked.sample(2, **how)
     assert "noise 0.50 · 2 calls" in out.getvalue()
     assert masked.watch(1, calls=3) == masked.sample(1, calls=3)
     lines = capsys.readouterr().out.splitlines()
