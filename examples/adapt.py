@@ -23,11 +23,12 @@ import torch
 
 import textdiffusion as td
 from textdiffusion.adaptation import fill
-from textdiffusion.data import evaluation_windows, tokenize
+from textdiffusion.data import tokenize
 from textdiffusion.fit import prepare
 from textdiffusion.presets import configure
 from textdiffusion.process import Process, State
 from textdiffusion.run import build
+from textdiffusion.windows import evaluation_windows
 
 
 @torch.inference_mode()

@@ -335,7 +335,7 @@ def _ui(args: argparse.Namespace) -> int:
     return 0
 
 
-# -- verify, families, doctor, convert -------------------------------------------------------------------------------------
+# -- verify, families, doctor, convert ----------------------------------------------------------------------------
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import evaluate
-from textdiffusion.model import Model, load
+from textdiffusion.loading import load
+from textdiffusion.model import Model
 from textdiffusion.noise import Noise
 from textdiffusion.process import Discrete, Process, State
 
