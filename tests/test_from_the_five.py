@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import textdiffusion as td
+from published_checkpoints import ddlm, sedd
 from textdiffusion.cli import main
 from textdiffusion.noise import Noise
 from textdiffusion.process import State
@@ -40,6 +41,8 @@ def home(tmp_path_factory):
     for name, family in (("bits", "analog_bits"), ("vectors", "gaussian_embedding"), ("sparse", "sparse_distribution")):
         td.train(home / "runs" / name, family=family, data=str(home / "my.txt"), depth=1, steps=3, length=32,
                  settings=settings[:1])  # fmt: skip
+    sedd(home / "sedd-model")
+    ddlm(home / "ddlm-model")
     return home
 
 
@@ -61,7 +64,7 @@ def test_what_the_page_shows_runs(code, home, monkeypatch, capsys):
     elif code.startswith(("td.", "list(td.", "geometric(")):
         assert eval(code, NAMES) is not None
     else:
-        parts = ("--", ">", "runs/", "checkpoints/", "training.", "metrics.jsonl", "examples/", "ddim")
+        parts = ("--", ">", "wandb", "runs/", "checkpoints/", "training.", "metrics.jsonl", "examples/", "ddim")
         assert code.startswith(parts), f"{code} is neither run nor part of what is"
 
 

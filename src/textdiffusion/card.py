@@ -9,6 +9,10 @@ from textdiffusion.families import family
 from textdiffusion.run import Run, write
 
 
+def _begun(source: str) -> str:
+    return f"\nIts training began with the weights of {source}, whose licence holds for it as well.\n" if source else ""
+
+
 def write_card(run: Run, best: float, steps: int, seconds: float, corpus: Corpus) -> None:
     """Write README.md into the run directory."""
     config, cls = run.config, family(run.config.family)
@@ -20,6 +24,7 @@ def write_card(run: Run, best: float, steps: int, seconds: float, corpus: Corpus
         f"""---
 library_name: textdiffusion
 tags: [text-diffusion, {config.family}]
+pipeline_tag: {"text-generation" if config.family in ("autoregressive", "block") else "fill-mask"}
 ---
 # {run.path.name}
 
@@ -46,5 +51,5 @@ import textdiffusion as td
 model = td.load("{run.path}")
 print(model.sample(n=1)[0])
 ```
-""",
+{_begun(config.init_from)}""",
     )

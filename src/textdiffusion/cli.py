@@ -92,7 +92,9 @@ def _train(args: argparse.Namespace) -> int:
     from textdiffusion.config import check_new, new_run_path
     from textdiffusion.data import check_source
     from textdiffusion.presets import DEFAULT_LENGTH, configure
+    from textdiffusion.tracking import check as check_tracking
 
+    check_tracking(args.track)
     if args.resume:
         return _resume(args)
     check_source(args.data)
@@ -102,7 +104,7 @@ def _train(args: argparse.Namespace) -> int:
         family=args.family, data=args.data, text_field=args.text_field, label=args.label, tokenizer=args.tokenizer,
         length=DEFAULT_LENGTH if args.length is None else args.length, preset=args.preset, depth=args.depth,
         steps=args.steps, minutes=args.minutes, seed=args.seed,
-        settings=["training.compile=true"] * args.compile + args.settings,
+        settings=["training.compile=true"] * args.compile + args.settings, init_from=args.init_from,
     )  # fmt: skip
     if args.dry_run:
         return _dry_run(args, config)
@@ -110,20 +112,22 @@ def _train(args: argparse.Namespace) -> int:
     from textdiffusion.terminal import follow
 
     path = args.out or new_run_path(config.family, config.data.source)
-    return _report(args, follow(config, path, False, pick_device(args.device), _console(args.json), args.json))
+    console = _console(args.json)
+    return _report(args, follow(config, path, False, pick_device(args.device), console, args.json, args.track))
 
 
 def _resume(args: argparse.Namespace) -> int:
     from textdiffusion.config import newest_run, read_config
 
     # A resumed run is what its config.json says: a flag that would change it is refused, not ignored.
-    _only(args, ("--resume", "--out", "--device", "--json"), "--resume goes on with a run as it was begun")
+    _only(args, ("--resume", "--out", "--device", "--json", "--track"), "--resume goes on with a run as it was begun")
     path = args.out or newest_run()
     config = read_config(path)
     from textdiffusion.loading import pick_device
     from textdiffusion.terminal import follow
 
-    return _report(args, follow(config, path, True, pick_device(args.device), _console(args.json), args.json))
+    console = _console(args.json)
+    return _report(args, follow(config, path, True, pick_device(args.device), console, args.json, args.track))
 
 
 def _report(args: argparse.Namespace, stopped: Stopped) -> int:
@@ -234,12 +238,13 @@ def _changed(pieces: Sequence[tuple[str, str]]) -> str:
 
 def _run(args: argparse.Namespace) -> tuple[Path, RunConfig]:
     """The run that is meant, if there is one whose config can be read."""
-    from textdiffusion.config import SHIPPED, SHIPPED_INSTEAD, read_config, run_to_use
+    from textdiffusion.config import SHIPPED, SHIPPED_INSTEAD, RunConfig, read_config, run_to_use
+    from textdiffusion.fetching import fetch, is_foreign
 
-    path: Path = args.run or run_to_use()
+    path = fetch(args.run) if args.run else run_to_use()
     if args.run is None and path == SHIPPED:
         print(f"textdiffusion: {SHIPPED_INSTEAD}; train one with `textdiffusion train`", file=sys.stderr)
-    return path, read_config(path)
+    return path, RunConfig() if is_foreign(path) else read_config(path)
 
 
 def _proofread(args: argparse.Namespace, model: Model) -> int:
@@ -330,7 +335,7 @@ def _ui(args: argparse.Namespace) -> int:
     return 0
 
 
-# -- verify, families, doctor -------------------------------------------------------------------------------------
+# -- verify, families, doctor, convert ----------------------------------------------------------------------------
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -392,7 +397,24 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(args: argparse.Namespace) -> int:
+    from textdiffusion.config import check_new
+    from textdiffusion.fetching import fetch
+
+    check_new(args.out)
+    source = fetch(args.source)
+    if not source.exists():
+        raise UserError(f"there is no {args.source}; give a folder, a file of weights, or USER/NAME on the hub")
+    from textdiffusion.published import convert
+
+    found = convert(source, args.out, args.tokenizer)
+    body = {"run": str(args.out), "system": found.what, "family": found.config.family}
+    said = "made {run}, a {family} run, of a {system} checkpoint; see it write: textdiffusion sample {run} --watch"
+    print(json.dumps(body) if args.json else said.format(**body))
+    return 0
+
+
 ACTS = {
     "demo": _demo, "train": _train, "sample": _sample, "eval": _eval, "compare": _compare, "ui": _ui, "verify": _verify,
-    "families": _families, "doctor": _doctor,
+    "families": _families, "doctor": _doctor, "convert": _convert,
 }  # fmt: skip

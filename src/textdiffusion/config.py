@@ -14,12 +14,18 @@ from textdiffusion.data import DataConfig
 from textdiffusion.errors import UserError
 from textdiffusion.families import check as check_family
 from textdiffusion.families import family
-from textdiffusion.networks.shape import TransformerConfig
+from textdiffusion.networks.shape import PretrainedShape, TransformerConfig
 from textdiffusion.settings import TrainingConfig, with_fields
 
 RUNS = Path("runs")
 SHIPPED = Path(__file__).parent / "shipped"  # a small run that comes with the package (examples/shipped_run.py)
 SHIPPED_INSTEAD = "there is no run under runs/: this is the small one that comes with the package"
+# What config.json says to other programs, transformers above all, and not to this one.
+FOR_OTHERS = {
+    "model_type", "format", "architectures", "transformers_version", "dtype", "vocab_size", "mask_token_id",
+    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "is_decoder", "use_cache",
+    "num_hidden_layers",
+}  # fmt: skip
 
 
 @dataclass
@@ -29,7 +35,9 @@ class RunConfig:
     family: str = "masked"
     tokenizer: str = "char"
     data: DataConfig = field(default_factory=DataConfig)
-    network: dict[str, Any] = field(default_factory=dict)  # fields of TransformerConfig
+    backbone: str = "own"  # whose network: this library's, or one made elsewhere (backbones.py)
+    init_from: str = ""  # the model whose weights the training began with (adaptation.py)
+    network: dict[str, Any] = field(default_factory=dict)  # fields of its config, TransformerConfig
     process: dict[str, Any] = field(default_factory=dict)  # fields of the family's Config
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=1))
     vocabulary: int = 0
@@ -51,7 +59,8 @@ def override(config: RunConfig, settings: list[str]) -> RunConfig:
     parts: dict[str, dict[str, Any]] = {"network": dict(config.network), "process": dict(config.process)}
     for name in ("data", "training"):
         parts[name] = dataclasses.asdict(getattr(config, name))
-    kinds = {"network": TransformerConfig, "data": DataConfig, "training": TrainingConfig}
+    shape = PretrainedShape if config.backbone == "pretrained" else TransformerConfig
+    kinds = {"network": shape, "data": DataConfig, "training": TrainingConfig}
     # The fields of a family come last: its file needs torch, and all else can be refused before that is loaded.
     for setting in sorted(settings, key=lambda setting: setting.startswith("process.")):
         path, equals, text = setting.partition("=")
@@ -62,6 +71,8 @@ def override(config: RunConfig, settings: list[str]) -> RunConfig:
         parts[part][key] = _value(text, get_type_hints(kind).get(key), path)
     data = with_fields(DataConfig, parts["data"], "data")
     training = with_fields(TrainingConfig, parts["training"], "training")
+    if config.backbone != "own":
+        return _override_other(config, parts, data, training, settings)
     with_fields(TransformerConfig, {"inputs": 1, "outputs": 1} | parts["network"], "network")
     cls = family(config.family)
     of_family = cls.network_fields(with_fields(cls.Config, parts["process"], "process"), 1)
@@ -72,6 +83,20 @@ def override(config: RunConfig, settings: list[str]) -> RunConfig:
         raise UserError(f"network.{name} is decided by the {config.family} family and cannot be set")
     with_fields(TransformerConfig, parts["network"] | decided, "network")
     return dataclasses.replace(config, network=parts["network"], process=parts["process"], data=data, training=training)
+
+
+def _override_other(
+    config: RunConfig, parts: dict[str, Any], data: DataConfig, training: TrainingConfig, settings: list[str]
+) -> RunConfig:
+    """The same for a network that was made elsewhere, whose shape is what it is."""
+    free = {"pretrained": {"lora"}}.get(config.backbone, set())
+    for setting in settings:
+        name = setting.partition("=")[0]
+        if name.startswith("network.") and name.removeprefix("network.") not in free:
+            raise UserError(f"{name} is that of {config.init_from} and cannot be set")
+    with_fields(family(config.family).Config, parts["process"], "process")
+    network, process = parts["network"], parts["process"]
+    return dataclasses.replace(config, network=network, process=process, data=data, training=training)
 
 
 def _value(text: str, hint: Any, path: str) -> Any:
@@ -105,7 +130,7 @@ def read_config(path: Path) -> RunConfig:
         assert isinstance(body, dict)
     except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, RecursionError):
         raise UserError(f"{file} is damaged: it is not a JSON object; restore it or train again") from None
-    body = {k: v for k, v in body.items() if k not in ("model_type", "format")}
+    body = {k: v for k, v in body.items() if k not in FOR_OTHERS}
     for part, cls in (("data", DataConfig), ("training", TrainingConfig)):
         if part in body:
             body[part] = with_fields(cls, body[part], f"{file}: {part}")

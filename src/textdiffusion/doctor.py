@@ -16,7 +16,6 @@ from textdiffusion.config import RunConfig
 from textdiffusion.data import tokenize
 from textdiffusion.fit import prepare
 from textdiffusion.loading import pick_device
-from textdiffusion.networks.network import TextNetwork
 from textdiffusion.noise import Noise
 from textdiffusion.process import count_parameters
 from textdiffusion.run import build
@@ -52,8 +51,7 @@ def estimate(config: RunConfig, device: str) -> dict[str, Any]:
     corpus, tokenizer, config = prepare(config)
     Windows(tokenize(corpus, tokenizer)["train"], int(config.network["window"]), 0)  # refuses too short a text
     process = build(config)
-    network = process.network
-    assert isinstance(network, TextNetwork)
+    network: Any = process.network
     network.to(device)
     training = config.training
     precision = training.precision

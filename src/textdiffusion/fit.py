@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
 from textdiffusion import card
+from textdiffusion.adaptation import fill
 from textdiffusion.config import RunConfig
 from textdiffusion.data import Corpus, fingerprint, load_corpus, tokenize
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import Figure, evaluate
-from textdiffusion.networks.network import TextNetwork
 from textdiffusion.noise import Noise
 from textdiffusion.pacing import EXAMPLES, measure_costs
 from textdiffusion.process import Process, count_parameters
@@ -155,8 +156,9 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
         fastest = fastest_precision(torch.device(device))
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=fastest))
     process = build(config)
-    network = process.network
-    assert isinstance(network, TextNetwork)
+    network: Any = process.network
+    if config.init_from and before is None:
+        fill(network, config)
     network.to(device)
     if config.training.micro_batch is None:
         symbols = window * network.symbols_a_token
@@ -166,8 +168,7 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
     learner = Learner(network, config.training)
     if config.training.compile:
         network.compile_blocks()
-    averaged = learner.average.module
-    assert isinstance(averaged, TextNetwork)
+    averaged: Any = learner.average.module
     for net in (network, averaged):
         net.compute_dtype = dtype
     numbers: dict[str, float] = {"best": math.inf, "best_step": 0, "smooth": 0.0}

@@ -61,8 +61,11 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     budget.add_argument("--minutes", type=float, help="minutes of wall clock (default: 5)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the newest)")
+    p.add_argument("--init-from", metavar="MODEL",
+                   help="begin with a run, a published checkpoint or a model of transformers")  # fmt: skip
     p.add_argument("--set", action="append", default=[], metavar="PART.KEY=VALUE", dest="settings",
                    help="any field of network, process, training or data; may be repeated")  # fmt: skip
+    p.add_argument("--track", choices=["tensorboard", "wandb"], help="figures there, besides metrics.jsonl")
     p.add_argument("--compile", action="store_true", help="compile the network: half a minute, then faster steps")
     p.add_argument("--dry-run", action="store_true", help="say what would be trained, and train nothing")
 
@@ -174,6 +177,11 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("--port", type=int, help="(default: the first free one from 7860)")
     p.add_argument("--server-name", metavar="HOST", help="address to listen at (default: 127.0.0.1, this machine only)")
     p.add_argument("--share", action="store_true", help="make a public link, through gradio's servers")
+
+    p = verb("convert", "make a run of a published checkpoint: SEDD, MDLM, BD3-LM, ddlm")
+    p.add_argument("source", metavar="SRC", help="folder, file of weights, or USER/NAME on the hub")
+    p.add_argument("out", type=Path, metavar="RUN", help="run directory to make")
+    p.add_argument("--tokenizer", metavar="PATH|hf:NAME", help="of its tokens (default: its own, else GPT-2's)")
 
     p = verb("verify", "prove the mathematics of a family on worlds small enough to enumerate")
     p.add_argument("family", nargs="?", metavar="FAMILY|FILE.py",

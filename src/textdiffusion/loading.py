@@ -10,11 +10,14 @@ import torch
 
 from textdiffusion.config import SHIPPED, SHIPPED_INSTEAD, new_run_path, newest_run, read_config, run_to_use
 from textdiffusion.errors import UserError
+from textdiffusion.fetching import fetch, is_foreign
 from textdiffusion.fit import Stopped, fit
 from textdiffusion.model import Model
 from textdiffusion.presets import configure
-from textdiffusion.run import Run
+from textdiffusion.published import read
+from textdiffusion.run import Run, fill
 from textdiffusion.settings import Precision, check_device
+from textdiffusion.tracking import tracked
 
 
 def pick_device(device: str) -> str:
@@ -32,8 +35,10 @@ def pick_device(device: str) -> str:
 
 
 def load(path: str | Path | None = None, device: str = "auto", precision: Precision = "auto") -> Model:
-    """Load a run directory; None takes the newest under runs/, or warns that it takes the one that comes with the
-    package where there is none (`textdiffusion.SHIPPED`).
+    """Load a run directory, or a model of the hub by USER/NAME; None takes the newest run under runs/, or warns that it
+    takes the one that comes with the package where there is none (`textdiffusion.SHIPPED`).
+
+    A published checkpoint (published.py) is read as it is; `textdiffusion convert` makes a run of it once and for all.
 
     Args:
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
@@ -42,16 +47,22 @@ def load(path: str | Path | None = None, device: str = "auto", precision: Precis
         UserError: there is no run, or it is damaged.
     """
     device = pick_device(device)
-    place = run_to_use() if path is None else Path(path)
+    place = run_to_use() if path is None else fetch(path)
     if path is None and place == SHIPPED:
         warnings.warn(SHIPPED_INSTEAD, stacklevel=2)
+    if is_foreign(place):
+        found = read(place)
+        return Model(fill(found.config, found.tensors, device), found.tokenizer, found.config, device, precision)
     run = Run.open(place)
     return Model(run.load(device), run.tokenizer, run.config, device, precision)
 
 
-def train(out: str | Path | None = None, device: str = "auto", resume: bool = False, **flags: Any) -> Model:
+def train(
+    out: str | Path | None = None, device: str = "auto", resume: bool = False, track: str | None = None, **flags: Any
+) -> Model:
     """Train a model and load it; arguments as in `presets.configure` (family, data, tokenizer, length, depth, steps,
-    minutes, seed, settings). Prints nothing; use the command line, or `fit.fit`, to see it learn.
+    minutes, seed, settings, init_from); ``track`` is None, "tensorboard" or "wandb". Prints nothing; use the command
+    line, or `fit.fit`, to see it learn.
 
     Raises:
         UserError: unusable data or settings.
@@ -66,7 +77,7 @@ def train(out: str | Path | None = None, device: str = "auto", resume: bool = Fa
     else:
         config = configure(**flags)
         path = Path(out) if out is not None else new_run_path(config.family, config.data.source)
-    for event in fit(config, path, resume=resume, device=pick_device(device)):
+    for event in tracked(fit(config, path, resume=resume, device=pick_device(device)), track, config, path):
         if isinstance(event, Stopped) and event.signal is not None:
             raise KeyboardInterrupt(f"stopped and saved in {path}")
     return load(path, device)

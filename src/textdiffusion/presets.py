@@ -54,8 +54,9 @@ def configure(
     minutes: float | None = None,
     seed: int = 0,
     settings: list[str] | None = None,
+    init_from: str | None = None,
 ) -> RunConfig:
-    """The config of a run, checked.
+    """The config of a run, checked. ``init_from`` is a model to begin with (adaptation.py), which decides the network.
 
     Raises:
         UserError: a value that makes no sense, naming what would.
@@ -86,6 +87,12 @@ def configure(
         network=size | {"window": length},
         training=training,
     )
+    if init_from is not None:
+        if preset is not None or depth is not None:
+            raise UserError("--init-from takes the network as it is; leave out --preset and --depth")
+        from textdiffusion.adaptation import begin_from
+
+        return override(begin_from(config, init_from, None if tokenizer == "char" else tokenizer), settings or [])
     config = override(config, settings or [])
     # What stands before a position is there in full only where text is written from left to right (docs/results.md).
     config.network.setdefault("ngrams", 0 if find_family(family).infills else 5)

@@ -118,7 +118,10 @@ def report(
     Raises:
         UserError: unusable text, or not the text that the run was trained on.
     """
-    own, _, _ = prepare(model.config, model.tokenizer) if data is None or samples else (None, None, None)
+    known = bool(model.config.data.source)
+    if data is None and not known:
+        raise UserError("this model was made elsewhere, from a text that is not known here; name one with --data")
+    own, _, _ = prepare(model.config, model.tokenizer) if data is None or (samples and known) else (None, None, None)
     if data is not None:
         corpus = whole_text(replace(model.config.data, source=data))
         split, name = "validation", corpus.name

@@ -25,12 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from textdiffusion import backbones
 from textdiffusion.config import RunConfig, check_new, read_config
 from textdiffusion.errors import UserError
 from textdiffusion.families import family
-from textdiffusion.networks.bodies import network_of
-from textdiffusion.networks.network import TextNetwork
-from textdiffusion.networks.shape import TransformerConfig
 from textdiffusion.pacing import FILE as GRID_FILE
 from textdiffusion.pacing import costs_to_json, grid_of
 from textdiffusion.process import Process
@@ -41,16 +39,39 @@ from textdiffusion.training import Learner
 KEEP = 2  # checkpoints
 
 
-def build(config: RunConfig) -> Process:
-    """The process of a config around a new network, seeded by ``training.seed``."""
+def build(config: RunConfig, network: torch.nn.Module | None = None) -> Process:
+    """The process of a config around a network; None: a new one, seeded by ``training.seed``."""
     cls = family(config.family)
     process_config = with_fields(cls.Config, config.process, "process")
-    fields = config.network | {"classes": len(config.labels)}
-    fields |= cls.network_fields(process_config, config.vocabulary)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
-        network = network_of(with_fields(TransformerConfig, fields, "network"))
+    if network is None:
+        decided = cls.network_fields(process_config, config.vocabulary) | {"classes": len(config.labels)}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.training.seed)
+            network = backbones.make(config, decided)
     return cls(network, process_config, config.vocabulary, start=config.start)
+
+
+def fill(config: RunConfig, tensors: dict[str, Tensor], device: torch.device | str = "cpu", where: str = "") -> Process:
+    """The process of a config with these weights, in evaluation mode.
+
+    Args:
+        tensors: the network's state; names may begin with "network.", as transformers saves them.
+        where: what they were read from.
+    Raises:
+        UserError: they are of another network.
+    """
+    process = build(config)
+    network = process.network
+    assert isinstance(network, torch.nn.Module)
+    if tensors and all(name.startswith("network.") for name in tensors):
+        tensors = {name.removeprefix("network."): x for name, x in tensors.items()}
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{where or 'the weights'} does not fit config.json: {reason}") from None
+    network.to(device).eval()
+    return process
 
 
 def write(path: Path, text: str) -> None:
@@ -65,6 +86,13 @@ def write(path: Path, text: str) -> None:
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Weights that a network uses under two names (an embedding that is the head as well) are written twice.
+    written: set[tuple[int, int]] = set()
+    for name, x in tensors.items():
+        place = (x.data_ptr(), x.numel())
+        if place in written and x.numel():
+            tensors = tensors | {name: x.clone()}
+        written.add(place)
     save_file(tensors, temporary, metadata={"format": "pt"})
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
@@ -113,7 +141,11 @@ class Run:
         return Run(path, config, tokenizer)
 
     def save_weights(self, network: torch.nn.Module) -> None:
-        _save_tensors(self.path / "model.safetensors", {k: v.contiguous() for k, v in network.state_dict().items()})
+        self.save_tensors({k: v.contiguous() for k, v in network.state_dict().items()})
+
+    def save_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Write model.safetensors; the tensors are those of the network's state."""
+        _save_tensors(self.path / "model.safetensors", tensors)
 
     def load(self, device: torch.device | str = "cpu") -> Process:
         """The process with the run's weights, in evaluation mode, on the optimal grid if the run holds one.
@@ -122,17 +154,8 @@ class Run:
             UserError: weights missing, damaged, or of another network; a damaged grid.
         """
         grid = grid_of(self.path)
-        process = build(self.config)
-        network = process.network
-        assert isinstance(network, TextNetwork)
-        tensors = _load_tensors(self.path / "model.safetensors")
-        try:
-            network.load_state_dict(tensors)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"{self.path}/model.safetensors does not fit config.json: {reason}") from None
-        network.to(device).eval()
-        return process.on(grid)
+        file = self.path / "model.safetensors"
+        return fill(self.config, _load_tensors(file), device, str(file)).on(grid)
 
     def save_grid(self, costs: Sequence[float], examples: int) -> None:
         """Keep what tokens cost at each noise level; nothing, if nothing was measured."""

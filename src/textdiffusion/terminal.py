@@ -18,6 +18,7 @@ from textdiffusion import plots
 from textdiffusion.config import SHIPPED, RunConfig
 from textdiffusion.fit import Event, Started, Stepped, Stopped, Validated, fit
 from textdiffusion.frames import one_line
+from textdiffusion.tracking import tracked
 
 PLAIN_EVERY = 10.0  # seconds between two progress lines over a pipe
 
@@ -92,11 +93,19 @@ class TrainingView:
             self._say(line)
 
 
-def follow(config: RunConfig, path: Path, resume: bool, device: str, console: Console, quiet: bool = False) -> Stopped:
+def follow(
+    config: RunConfig,
+    path: Path,
+    resume: bool,
+    device: str,
+    console: Console,
+    quiet: bool = False,
+    track: str | None = None,
+) -> Stopped:
     """Train, or go on with, a run, and show it."""
     last = None
     with TrainingView(console, quiet) as view:
-        for event in fit(config, path, resume=resume, device=device):
+        for event in tracked(fit(config, path, resume=resume, device=device), track, config, path):
             view.show(event)
             if isinstance(event, Stopped):
                 last = event

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from textdiffusion.errors import UserError
 
@@ -87,3 +87,33 @@ class TransformerConfig:
         for name, default in own.items():
             if getattr(self, name) != default:
                 raise UserError(f"network.{name} is of the transformer; leave it out with network.body=unet")
+
+
+@dataclass
+class PretrainedShape:
+    """A model of transformers as a network (networks/pretrained.py). ``inputs``, ``outputs``, ``attention`` and
+    ``block_length`` are set by the family."""
+
+    inputs: int
+    outputs: int
+    model: dict[str, Any]  # its own config, with model_type
+    causal: bool  # it was made to predict the next token, from the left
+    window: int = 64  # longest text, in tokens
+    width: int = 0  # of its residual stream
+    attention: Attention = "bidirectional"
+    block_length: int = 8  # for attention = "block"
+    mask: int = -1  # the id that stands for a hidden token; -1: an embedding of our own, which is learnt
+    start: int = 0  # what a causal one reads before the first token
+    prefix: list[int] = field(default_factory=list)  # what stands before every text, such as [CLS]
+    suffix: list[int] = field(default_factory=list)  # and behind it
+    lora: int = 0  # rank of low-rank adapters, which are trained in the place of the weights; 0: the weights are
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.window <= 10**7 or not 1 <= self.block_length <= 10**7:
+            raise UserError("network.window and process.block_length must be at least 1")
+        if not 0 <= self.lora <= 10**5:
+            raise UserError(f"network.lora is a rank, 0 for none, not {self.lora}")
+        if self.attention != "bidirectional" and not self.causal:
+            raise UserError("a masked language model reads both sides: it can begin a masked run only")
+        if self.mask >= 0 and self.attention == "causal":
+            raise UserError("a causal network hides no token: network.mask must be -1")
