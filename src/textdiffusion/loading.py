@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from textdiffusion.config import SHIPPED, SHIPPED_INSTEAD, new_run_path, newest_run, read_config, run_to_use
+from textdiffusion.distributed import ALONE, Group
 from textdiffusion.errors import UserError
 from textdiffusion.fit import Stopped, fit
 from textdiffusion.model import Model
@@ -31,13 +32,16 @@ def pick_device(device: str) -> str:
     return device
 
 
-def load(path: str | Path | None = None, device: str = "auto", precision: Precision = "auto") -> Model:
+def load(
+    path: str | Path | None = None, device: str = "auto", precision: Precision = "auto", group: Group = ALONE
+) -> Model:
     """Load a run directory; None takes the newest under runs/, or warns that it takes the one that comes with the
     package where there is none (`textdiffusion.SHIPPED`).
 
     Args:
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
         precision: what to sample in: "fp32", "bf16", or "auto" for what this machine multiplies faster.
+        group: processes, with a copy of the model each, that share what is evaluated and written.
     Raises:
         UserError: there is no run, or it is damaged.
     """
@@ -46,7 +50,7 @@ def load(path: str | Path | None = None, device: str = "auto", precision: Precis
     if path is None and place == SHIPPED:
         warnings.warn(SHIPPED_INSTEAD, stacklevel=2)
     run = Run.open(place)
-    return Model(run.load(device), run.tokenizer, run.config, device, precision)
+    return Model(run.load(device), run.tokenizer, run.config, device, precision, group)
 
 
 def train(out: str | Path | None = None, device: str = "auto", resume: bool = False, **flags: Any) -> Model:

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from textdiffusion.data import TokenRuns, Windows, evaluation_windows
 from textdiffusion.errors import UserError
 from textdiffusion.files import checksum
 from textdiffusion.tokenizer import Tokenizer
+from textdiffusion.windows import TokenRuns, Windows, evaluation_windows
 
 OPEN = 512  # shards mapped at a time; systems allow a thousand open files or more
 BLOCK = 1000  # examples in which a mixture has its weights exactly
@@ -220,6 +220,7 @@ class TrainingText:
     held_out: list[np.ndarray]
     training_tokens: int
     validation_tokens: int
+    labels: np.ndarray | None = None  # of the held-out windows
 
 
 def open_mixture(source: str) -> tuple[list[Prepared], list[float]]:

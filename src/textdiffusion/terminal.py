@@ -16,8 +16,9 @@ from rich.text import Text
 
 from textdiffusion import plots
 from textdiffusion.config import SHIPPED, RunConfig
-from textdiffusion.fit import Event, Started, Stepped, Stopped, Validated, fit
+from textdiffusion.fit import Event, Started, Stepped, Stopped, Validated, Warned, fit
 from textdiffusion.frames import one_line
+from textdiffusion.sharding import Parallel
 
 PLAIN_EVERY = 10.0  # seconds between two progress lines over a pipe
 
@@ -71,6 +72,8 @@ class TrainingView:
                 )
             if event.sample is not None:
                 self.console.print(Text("  " + one_line(event.sample), style="italic"), soft_wrap=True)
+        elif isinstance(event, Warned):
+            self._say(f"warning: {event.line}")
         elif isinstance(event, Stopped) and event.signal is not None:
             self._say(
                 f"stopped at step {event.step:,} and saved; go on with: textdiffusion train --out {event.run} --resume"
@@ -92,11 +95,19 @@ class TrainingView:
             self._say(line)
 
 
-def follow(config: RunConfig, path: Path, resume: bool, device: str, console: Console, quiet: bool = False) -> Stopped:
+def follow(
+    config: RunConfig,
+    path: Path,
+    resume: bool,
+    device: str,
+    console: Console,
+    quiet: bool = False,
+    parallel: Parallel = "auto",
+) -> Stopped:
     """Train, or go on with, a run, and show it."""
     last = None
     with TrainingView(console, quiet) as view:
-        for event in fit(config, path, resume=resume, device=device):
+        for event in fit(config, path, resume=resume, device=device, parallel=parallel):
             view.show(event)
             if isinstance(event, Stopped):
                 last = event
