@@ -41,6 +41,7 @@ FLOORS = [
         "demo",
         "flags",
         "corpus",
+        "describing",
         "cli",
         "compare",
         "ui",
