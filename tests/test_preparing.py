@@ -19,10 +19,10 @@ import pytest
 
 from textdiffusion import preparing
 from textdiffusion.cli import main
-from textdiffusion.data import TokenRuns, Windows
 from textdiffusion.errors import UserError
 from textdiffusion.preparing import _pieces, prepare_corpus
 from textdiffusion.shards import BLOCK, Mixture, open_prepared, parse_mixture, training_text
+from textdiffusion.windows import TokenRuns, Windows
 
 WORDS = ["time", "noise", "token", "mask", "river", "cloud", "snow", "ünder", "語", "a", "the", "of", "and", "wrote"]
 

@@ -137,9 +137,9 @@ def to_learn(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> Trainin
         return training_text(config.data.source, length, seed, VALIDATION_TOKENS)
     tokens = tokenize(corpus, tokenizer)
     held_out = evaluation_windows(tokens["validation"], length, limit=VALIDATION_TOKENS)
-    sizes = (len(tokens[part].tokens) for part in ("train", "validation"))
+    learnt, held = (len(tokens[part].tokens) for part in ("train", "validation"))
     labels = evaluation_labels(tokens["validation"], length, limit=VALIDATION_TOKENS)
-    return TrainingText(Windows(tokens["train"], length, seed), held_out, *sizes, labels)
+    return TrainingText(Windows(tokens["train"], length, seed), held_out, learnt, held, labels)
 
 
 def _begin(config: RunConfig, path: Path, resume: bool, device: str, group: Group) -> tuple[Run, Corpus, TrainingText]:

@@ -197,7 +197,9 @@ def _of_prepared(
     pieces = model.tokenizer.kind not in ("char", "byte")
     unknown = model.tokenizer.unknown
     unseen = 0 if unknown is None else int(sum((w == unknown).sum() for w in windows))
-    return RunReport(model.config.family, f"validation part of {source}", likelihood, unseen, pieces, None, 0, 0.0)
+    return RunReport(
+        model.config.family, f"validation part of {source}", likelihood, None, unseen, pieces, None, 0, 0.0
+    )
 
 
 def lossy(tokenizer: Tokenizer, corpus: Corpus) -> bool:

@@ -122,9 +122,8 @@ class Run:
     def _check_size(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuse a config that asks for another network than the weights are of, before memory is taken for it."""
         cls = family(self.config.family)
-        fields = self.config.network | cls.network_fields(
-            with_fields(cls.Config, self.config.process, "process"), self.config.vocabulary
-        )
+        fields = self.config.network | {"classes": len(self.config.labels)}
+        fields |= cls.network_fields(with_fields(cls.Config, self.config.process, "process"), self.config.vocabulary)
         for name, size in landmarks(with_fields(TransformerConfig, fields, "network")).items():
             there = tuple(tensors[name].shape) if name in tensors else None
             if there != size:
