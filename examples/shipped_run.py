@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 import textdiffusion as td
 from textdiffusion.config import RUNS
+from textdiffusion.files import write
 from textdiffusion.presets import configure
 from textdiffusion.report import report
-from textdiffusion.run import write
 from textdiffusion.terminal import follow
 
 MOST_BYTES = 1_400_000  # what an installation should not notice

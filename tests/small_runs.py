@@ -23,7 +23,7 @@ def small_run(path: Path, family: str, length: int, tokenizer: str = "char") -> 
     config = configure(family=family, length=length, depth=1, steps=1, tokenizer=tokenizer, settings=settings)
     config = replace(config, vocabulary=symbols.vocabulary, start=symbols.end_of_text)
     run = Run.create(path, config, symbols)
-    run.save_weights(build(config).network)
+    run.save_weights(build(config).network.state_dict())
     for step in (1, 2):
         run.log({"step": step, "seconds": 60.0 * step, "bits_per_char": 7.0 - step})
     write_card(run, 5.0, 2, 120.0, Corpus("a sentence", [TEXT], [TEXT]))

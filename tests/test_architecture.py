@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "textdiffusion"
 FLOORS = [
-    {"errors", "noise", "schedules", "grids", "gaussian", "categorical", "cross_entropy", "tokenizer", "worlds"}
+    {"errors", "files", "distributed", "stopping", "noise", "schedules", "grids", "gaussian", "categorical"}
+    | {"cross_entropy", "tokenizer", "worlds"}
     | {"automaton", "patterns"}
     | {"networks.shape", "networks.attention", "networks.candidates", "networks.clock", "networks.convolution"}
     | {"networks.ngrams", "networks.network", "networks.transformer", "networks.unet", "networks.bodies"}
@@ -18,12 +19,14 @@ FLOORS = [
     {"process", "drafts", "conditioning", "guidance", "absorbing", "replacing", "coded"}
     | {"steps.unmasking", "steps.renewing", "steps.ordering", "steps.denoising"},
     {"families"},  # and every file in families/
-    {"data", "windows", "settings", "training", "sampling", "constraints", "particles", "steering", "editing"}
+    {"data", "windows", "shards", "preparing", "sharding"}
+    | {"settings", "training", "sampling", "constraints", "particles", "steering", "editing"}
     | {"evaluation", "divergence", "ranking", "template", "deterministic_order", "pacing", "recommendation"},
-    {"config", "run", "presets", "card", "fit", "model", "loading", "report", "catalogue", "verification"}
-    | {"frames", "plots", "replay", "watching"}  # and every file in replay/ and verification/
+    {"config", "checkpoints", "run", "presets", "card", "fit", "model", "loading", "report", "catalogue"}
+    | {"verification", "frames", "plots", "replay", "watching"}  # and every file in replay/ and verification/
     | {"backbones", "fetching", "published", "hub", "harness", "tracking", "adaptation"},
-    {"doctor", "terminal", "demo", "flags", "cli", "compare", "ui", "__main__"},  # and every file in compare/ and ui/
+    {"doctor", "terminal", "demo", "flags", "corpus", "describing", "cli", "__main__"}
+    | {"compare", "ui"},  # and every file in compare/ and ui/
 ]
 
 

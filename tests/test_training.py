@@ -16,6 +16,7 @@ from textdiffusion.families.masked import Masked, MaskedConfig
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
 from textdiffusion.noise import Noise
 from textdiffusion.training import (
+    PATIENCE,
     Learner,
     TrainingConfig,
     fastest_precision,
@@ -109,11 +110,35 @@ def test_micro_batches_add_up_to_the_batch():
 
 def test_a_training_that_goes_astray_says_so():
     process, net = make()
-    learner = Learner(net, TrainingConfig(steps=5, batch=4))
+    learner = Learner(net, TrainingConfig(steps=50, batch=4))
     with torch.no_grad():
         net.head.weight[0, 0] = float("nan")
-    with pytest.raises(UserError, match="no longer a number at step 0"):
-        learner.learn(process, torch.from_numpy(batch_of(np.arange(4))), Noise.of(0, 4))
+    seen = []
+    with pytest.raises(UserError, match=f"no number in {PATIENCE} steps in a row, up to step {PATIENCE};"):
+        seen += [now.loss for now in train(process, batch_of, learner)]
+    assert learner.step == PATIENCE
+
+
+def test_a_step_without_a_number_changes_nothing():
+    """One batch whose loss is no number: weights and moments are as if it had not been, and the next steps learn."""
+    process, net = make()
+    learner = Learner(net, TrainingConfig(steps=8, batch=4, warmup=0))
+    loss = process.loss
+
+    def broken(x_0, noise, condition=None):
+        return loss(x_0, noise, condition) * (math.nan if noise.step in (2, 3) else 1.0)
+
+    process.loss = broken
+    before, seen = {}, []
+    for now in train(process, batch_of, learner):
+        seen.append(now.loss)
+        assert learner.astray == {3: 1, 4: 2}.get(now.step, 0)
+        if now.step == 2:
+            before = {k: v.clone() for k, v in learner.tensors().items()}
+        if now.step == 4:
+            assert all(torch.equal(v, before[k]) for k, v in learner.tensors().items())
+    assert [math.isnan(x) for x in seen] == [False, False, True, True, False, False, False, False]
+    assert not all(torch.equal(v, before[k]) for k, v in learner.tensors().items())
 
 
 def test_minutes_end_a_training():

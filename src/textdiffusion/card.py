@@ -6,7 +6,8 @@ import math
 
 from textdiffusion.data import Corpus
 from textdiffusion.families import family
-from textdiffusion.run import Run, write
+from textdiffusion.files import write
+from textdiffusion.run import Run
 
 
 def _begun(source: str) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from textdiffusion.errors import UserError
+from textdiffusion.describing import make_converted, show_doctor, show_families, show_verify
+from textdiffusion.errors import ElsewhereError, UserError, lost
 from textdiffusion.flags import parser_of
-from textdiffusion.settings import check_device, check_grid, check_label, check_replay, check_writing
+from textdiffusion.settings import check_device, check_grid, check_label, check_parallel, check_replay, check_writing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from textdiffusion.config import RunConfig
     from textdiffusion.fit import Stopped
     from textdiffusion.model import Model
+
+
+# Which of the processes that torchrun starts this is: the first speaks for all.
+_RANK = int(os.environ.get("RANK") or 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = int(chosen.act(chosen))
         sys.stdout.flush()  # here, where a reader that has gone can be dealt with
         return code
+    except ElsewhereError:
+        return 2
     except UserError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
@@ -51,14 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"{error.filename or 'a file'}: {error.strerror or error}; give another path, or make room")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise
+            if not lost(error):
+                raise
+            return _refuse("another process of this training has ended, and said why; go on with --resume")
         return _refuse(
             "this machine has not enough memory for that; ask for fewer or shorter texts, or a smaller network"
         )
 
 
 def _refuse(line: str) -> int:
-    print(f"textdiffusion: {' '.join(line.split())}", file=sys.stderr)
+    who = "textdiffusion" if _RANK == 0 else f"textdiffusion, process {_RANK}"
+    print(f"{who}: {' '.join(line.split())}", file=sys.stderr)
     return 2
 
 
@@ -92,13 +101,22 @@ def _train(args: argparse.Namespace) -> int:
     from textdiffusion.config import check_new, new_run_path
     from textdiffusion.data import check_source
     from textdiffusion.presets import DEFAULT_LENGTH, configure
+    from textdiffusion.shards import is_prepared, open_mixture
     from textdiffusion.tracking import check as check_tracking
 
     check_tracking(args.track)
-    if args.resume:
+    check_parallel(args.parallel)
+    if "--processes" in args.given and not args.dry_run:
+        raise UserError("--processes belongs to --dry-run; a training has as many as torchrun starts")
+    # Processes that torchrun starts again go on where they were.
+    again = args.out is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if args.resume or (again and (args.out / "config.json").exists()):
         return _resume(args)
-    check_source(args.data)
-    if args.out is not None and not args.dry_run:
+    if is_prepared(args.data):
+        open_mixture(args.data)
+    else:
+        check_source(args.data)
+    if args.out is not None and not args.dry_run and _RANK == 0:
         check_new(args.out)
     config = configure(
         family=args.family, data=args.data, text_field=args.text_field, label=args.label, tokenizer=args.tokenizer,
@@ -108,31 +126,35 @@ def _train(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if args.dry_run:
         return _dry_run(args, config)
-    from textdiffusion.loading import pick_device
-    from textdiffusion.terminal import follow
-
     path = args.out or new_run_path(config.family, config.data.source)
-    console = _console(args.json)
-    return _report(args, follow(config, path, False, pick_device(args.device), console, args.json, args.track))
+    return _follow(args, config, path, False)
 
 
 def _resume(args: argparse.Namespace) -> int:
     from textdiffusion.config import newest_run, read_config
 
     # A resumed run is what its config.json says: a flag that would change it is refused, not ignored.
-    _only(args, ("--resume", "--out", "--device", "--json", "--track"), "--resume goes on with a run as it was begun")
+    if args.resume:
+        kept = ("--resume", "--out", "--device", "--json", "--parallel", "--track")
+        _only(args, kept, "--resume goes on with a run as it was begun")
     path = args.out or newest_run()
-    config = read_config(path)
+    return _follow(args, read_config(path), path, True)
+
+
+def _follow(args: argparse.Namespace, config: RunConfig, path: Path, resume: bool) -> int:
     from textdiffusion.loading import pick_device
     from textdiffusion.terminal import follow
 
-    console = _console(args.json)
-    return _report(args, follow(config, path, True, pick_device(args.device), console, args.json, args.track))
+    quiet, console = args.json or _RANK != 0, _console(args.json)
+    device, track = pick_device(args.device), args.track if _RANK == 0 else None
+    return _report(args, follow(config, path, resume, device, console, quiet, track, args.parallel))
 
 
 def _report(args: argparse.Namespace, stopped: Stopped) -> int:
     from textdiffusion.terminal import leave_plot
 
+    if _RANK:
+        return 0 if stopped.signal is None else 128 + stopped.signal
     if args.json:
         body = {k: v for k, v in vars(stopped).items() if k != "signal"} | {"run": str(stopped.run)}
         print(json.dumps(body | {"finished": stopped.signal is None}))
@@ -146,7 +168,9 @@ def _dry_run(args: argparse.Namespace, config: RunConfig) -> int:
     from textdiffusion.doctor import estimate
     from textdiffusion.loading import pick_device
 
-    plan = estimate(config, pick_device(args.device))
+    if not 1 <= args.processes <= 1_000_000:
+        raise UserError(f"--processes must be from 1 to 1,000,000, not {args.processes}")
+    plan = estimate(config, pick_device(args.device), args.processes)
     if args.json:
         print(json.dumps(plan))
     else:
@@ -157,6 +181,15 @@ def _dry_run(args: argparse.Namespace, config: RunConfig) -> int:
                 else f"{key.replace('_', ' '):<28}{value}"
             )
     return 0
+
+
+# -- prepare ------------------------------------------------------------------------------------------------------
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from textdiffusion.corpus import prepare
+
+    return prepare(args)
 
 
 # -- sample -------------------------------------------------------------------------------------------------------
@@ -180,18 +213,29 @@ def _sample(args: argparse.Namespace) -> int:
         raise UserError("--best chooses among texts once they are written; leave out --watch, --reproducible, --edit")
     path, config = _run(args)
     check_label(args.label, config.labels, args.guidance, args.ramp)
-    from textdiffusion.loading import load
+    from textdiffusion.distributed import joined
+    from textdiffusion.loading import load, pick_device
 
-    model = load(path, args.device, args.precision)
+    with joined(pick_device(args.device)) as group:
+        return _write(args, load(path, args.device, args.precision, group))
+
+
+def _write(args: argparse.Namespace, model: Model) -> int:
     if args.proofread is not None:
-        return _proofread(args, model)
+        return _proofread(args, model) if model.group.main else 0
     written = ("sampler", "grid", "temperature", "top_p", "top_k", "seed", "prompt", "infill", "stop", "edit")
     held = ("regex", "must_contain", "words", "acrostic", "particles", "label", "guidance", "ramp")
     how = {name: getattr(args, name) for name in (*written, *held)}
     if args.strength is not None:
         how["strength"] = args.strength
     if args.best is not None:
-        return _best(args, model, how)
+        from textdiffusion.distributed import ALONE
+
+        main, model.group = model.group.main, ALONE  # chosen among by one
+        return _best(args, model, how) if main else 0
+    # What is shown, or kept as a replay, is one batch: it is not shared out.
+    if ((args.watch and not args.json) or args.save_replay is not None) and not model.group.main:
+        return 0
     if args.watch and not args.json:
         model.watch(args.n, args.length, args.calls, save_replay=args.save_replay, **how)
         return 0
@@ -203,6 +247,8 @@ def _sample(args: argparse.Namespace) -> int:
         texts, calls = recording.panels[0].texts, recording.panels[0].steps[-1]["calls"]
     else:
         texts, calls = model.sample_counted(args.n, args.length, args.calls, reproducible=args.reproducible, **how)
+    if not model.group.main:
+        return 0
     found: list[dict[str, Any]] = [{"text": t, "calls": c} for t, c in zip(texts, calls)]
     if args.edit is not None:
         from textdiffusion.terminal import changes
@@ -281,15 +327,23 @@ def _eval(args: argparse.Namespace) -> int:
         from textdiffusion.data import check_source
 
         check_source(args.data)
-    from textdiffusion.loading import load
+    from textdiffusion.distributed import joined
+    from textdiffusion.loading import load, pick_device
+
+    with joined(pick_device(args.device)) as group:
+        return _measure(args, path, load(path, args.device, group=group), calls)
+
+
+def _measure(args: argparse.Namespace, path: Path, model: Model, calls: list[int]) -> int:
     from textdiffusion.report import report
 
-    model: Model = load(path, args.device)
     result = report(
         model, data=args.data, split=args.split, calls=calls, sampler=args.sampler, tokens=args.eval_tokens,
         draws=args.draws, samples=args.samples, seed=args.seed, length=args.length, temperature=args.temperature,
         top_p=args.top_p, grid=args.grid, keep=path if args.keep_grid else None,
     )  # fmt: skip
+    if not model.group.main:
+        return 0
     if args.json:
         print(json.dumps(result.as_dict()))
     else:
@@ -335,86 +389,7 @@ def _ui(args: argparse.Namespace) -> int:
     return 0
 
 
-# -- verify, families, doctor, convert ----------------------------------------------------------------------------
-
-
-def _verify(args: argparse.Namespace) -> int:
-    from textdiffusion.families import load_family, names
-
-    families = {name: load_family(name) for name in ([args.family] if args.family else names())}
-    from textdiffusion.verification import verify
-
-    found: dict[str, list[dict[str, Any]]] = {}
-    failed = 0
-    for name, family in families.items():
-        found[name] = []
-        if not args.json:
-            print(f"{name}\n{'':6}{'figure':>10} {'at most':>9}  check", flush=True)
-        for check in verify(family):
-            failed += not check.passed
-            numbers = {k: v if math.isfinite(v) else None for k, v in vars(check).items() if isinstance(v, float)}
-            found[name].append(vars(check) | numbers | {"passed": check.passed})  # JSON has no infinity
-            if not args.json:
-                verdict = "ok" if check.passed else "FAIL"
-                print(f"{verdict:<6}{check.figure:>10.3g} {check.tolerance:>9.2g}  {check.name}", flush=True)
-                if not check.passed:
-                    print(f"{'':27}{check.meaning}", flush=True)
-    total = sum(len(checks) for checks in found.values())
-    if args.json:
-        print(json.dumps({"families": found, "checks": total, "failed": failed, "passed": not failed}))
-    else:
-        print(f"{total} checks, " + ("all passed" if not failed else f"{failed} failed"))
-    return 1 if failed else 0
-
-
-def _families(args: argparse.Namespace) -> int:
-    from textdiffusion.catalogue import describe, listing
-
-    rows = listing() if args.name is None else [describe(args.name)]
-    if args.json:
-        print(json.dumps(rows if args.name is None else rows[0]))
-        return 0
-    wide = max(16, 2 + max(len(row["name"]) for row in rows))
-    for row in rows:
-        print(f"{row['name']:<{wide}}{row['summary']}")
-        if args.name is not None:
-            print(f"{'paper':<{wide}}{row['paper']}")
-            for part in ("fields", "samplers"):
-                for key, text in row[part].items():
-                    print(f"{part[:-1]:<{wide}}{key}: {text}")
-    return 0
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    from textdiffusion.doctor import machine
-
-    facts = machine(args.device)
-    if args.json:
-        print(json.dumps(facts))
-        return 0
-    for key, value in facts.items():
-        print(f"{key:<14}{value}")
-    return 0
-
-
-def _convert(args: argparse.Namespace) -> int:
-    from textdiffusion.config import check_new
-    from textdiffusion.fetching import fetch
-
-    check_new(args.out)
-    source = fetch(args.source)
-    if not source.exists():
-        raise UserError(f"there is no {args.source}; give a folder, a file of weights, or USER/NAME on the hub")
-    from textdiffusion.published import convert
-
-    found = convert(source, args.out, args.tokenizer)
-    body = {"run": str(args.out), "system": found.what, "family": found.config.family}
-    said = "made {run}, a {family} run, of a {system} checkpoint; see it write: textdiffusion sample {run} --watch"
-    print(json.dumps(body) if args.json else said.format(**body))
-    return 0
-
-
 ACTS = {
-    "demo": _demo, "train": _train, "sample": _sample, "eval": _eval, "compare": _compare, "ui": _ui, "verify": _verify,
-    "families": _families, "doctor": _doctor, "convert": _convert,
+    "demo": _demo, "train": _train, "prepare": _prepare, "sample": _sample, "eval": _eval, "compare": _compare,
+    "ui": _ui, "verify": show_verify, "families": show_families, "doctor": show_doctor, "convert": make_converted,
 }  # fmt: skip

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from textdiffusion.conditioning import Conditioning, random_given
+from textdiffusion.conditioning import Conditioning, at_least_one, random_given
 from textdiffusion.errors import UserError
 from textdiffusion.gaussian import (
     BINS,
@@ -289,13 +289,13 @@ class Coded(Process):
         said = None
         if self.config.self_conditioning > 0:
             # A coin for each example (2208.04202; systems' public code tosses one for the whole run).
-            reads = (noise.uniform("estimate", 1).squeeze(-1) < self.config.self_conditioning).nonzero().squeeze(-1)
-            if len(reads):
-                with torch.no_grad():
-                    part, labels = state.select(reads), None if condition is None else condition[reads]
-                    free = self.free(part)
-                    estimate = self._estimate(part, self.guess(self._call(part, free, None, labels)), free)[0]
-                said = estimate.new_zeros(rows, *estimate.shape[1:]).index_copy(0, reads, estimate)
+            reads = at_least_one(coin := noise.uniform("estimate", 1).squeeze(-1) < self.config.self_conditioning)
+            with torch.no_grad():
+                part, labels = state.select(reads), None if condition is None else condition[reads]
+                free = self.free(part)
+                estimate = self._estimate(part, self.guess(self._call(part, free, None, labels)), free)[0]
+            estimate = estimate * coin[reads].view(-1, 1, 1)
+            said = estimate.new_zeros(rows, *estimate.shape[1:]).index_copy(0, reads, estimate)
         call = self._call(state, ~given, said, condition)
         guess = self.guess(call)
         nats = self.cost(call, guess, x_0[~given])

@@ -25,3 +25,10 @@ def random_given(rows: int, length: int, noise: Noise, share: float) -> Tensor:
     scattered = noise.uniform("scattered", length) < much.unsqueeze(-1)
     chosen = torch.where((kind < share / 2).unsqueeze(-1), prefix, scattered)
     return chosen & (kind < share).unsqueeze(-1)
+
+
+def at_least_one(coin: Tensor) -> Tensor:
+    """Rows where a coin, bool [B], fell so; the first where it fell so nowhere. Which calls a loss makes must not
+    depend on its draws: several processes that share a network make them together."""
+    rows = coin.nonzero().squeeze(-1)
+    return rows if len(rows) else rows.new_zeros(1)

@@ -174,7 +174,7 @@ def _read_source(source: str, text_field: str, label: str | None = None) -> tupl
         sections = _pydoc_sections()
         where = f"help topics of Python {platform.python_version()}, PSF License Version 2"
         return sections, [""] * len(sections), where
-    places = [source] if source.startswith("hf:") else _find_files(source)
+    places = [source] if source.startswith("hf:") else find_files(source)
     found = [pair for place in places for pair in _texts(place, text_field, label)]
     where = source if len(places) == 1 else f"{source} ({len(places)} files)"
     return [text for text, _ in found], [label for _, label in found], where
@@ -187,7 +187,7 @@ def check_source(source: str) -> None:
         UserError: no such file, folder or glob; what is in them is seen when they are read.
     """
     if source != "pydoc" and not source.startswith("hf:"):
-        _find_files(source)
+        find_files(source)
 
 
 def _pydoc_sections() -> list[str]:
@@ -210,7 +210,12 @@ def _pydoc_sections() -> list[str]:
     return [section.strip("\n") for section in sections]
 
 
-def _find_files(source: str) -> list[str]:
+def find_files(source: str) -> list[str]:
+    """The files that a source names, in order.
+
+    Raises:
+        UserError: there is none.
+    """
     path = Path(source).expanduser()
     if path.is_file():
         return [str(path)]
@@ -256,6 +261,11 @@ def _read(place: str) -> str:
     if (zero := raw.find(b"\0")) >= 0:
         raise ValueError(f"it is not UTF-8 text: byte {zero} is zero")
     return raw.decode("utf-8-sig")
+
+
+def documents_of(place: str, text_field: str) -> Iterator[str]:
+    """The text of each record in a dataset or file, but for null ones. Any failure to read becomes a UserError."""
+    return (text for text, _ in _texts(place, text_field))
 
 
 def _texts(place: str, text_field: str, label: str | None = None) -> Iterator[tuple[str, str]]:

@@ -13,14 +13,13 @@ import torch
 
 from textdiffusion import __version__
 from textdiffusion.config import RunConfig
-from textdiffusion.data import tokenize
-from textdiffusion.fit import prepare
+from textdiffusion.errors import UserError
+from textdiffusion.fit import prepare, to_learn
 from textdiffusion.loading import pick_device
 from textdiffusion.noise import Noise
 from textdiffusion.process import count_parameters
 from textdiffusion.run import build
 from textdiffusion.training import Learner, fastest_precision, micro_batch_for, processor_name, tune_allocator
-from textdiffusion.windows import Windows
 
 
 def machine(device: str = "auto") -> dict[str, str]:
@@ -41,15 +40,18 @@ def machine(device: str = "auto") -> dict[str, str]:
     }
 
 
-def estimate(config: RunConfig, device: str) -> dict[str, Any]:
+def estimate(config: RunConfig, device: str, processes: int = 1) -> dict[str, Any]:
     """What a training would be: sizes, arithmetic, memory and time; three steps are timed and thrown away.
 
+    Args:
+        processes: to share each batch, one a GPU or machine like this one. Their hours are the arithmetic's, with
+            nothing for what they send each other; that is given in bytes.
     Raises:
         UserError: unusable data or settings.
     """
     tune_allocator()
     corpus, tokenizer, config = prepare(config)
-    Windows(tokenize(corpus, tokenizer)["train"], int(config.network["window"]), 0)  # refuses too short a text
+    text = to_learn(config, corpus, tokenizer)
     process = build(config)
     network: Any = process.network
     network.to(device)
@@ -77,10 +79,28 @@ def estimate(config: RunConfig, device: str) -> dict[str, Any]:
     read = batch * window * network.symbols_a_token
     a_step = min(seconds)
     steps = training.steps or max(1, round(60 * (training.minutes or 0.0) / a_step))
+    alone = {
+        "minutes": round(steps * a_step / 60, 2),
+    }
+    if processes > 1:
+        if batch < processes:
+            raise UserError(f"{processes} processes cannot share a batch of {batch}; raise --set training.batch")
+        # Each sends and receives the gradients once (ring all-reduce); or the weights twice and the gradients once.
+        others, block = 4 * parameters * (processes - 1) / processes, max(map(count_parameters, network.parts))
+        alone = {
+            "processes": processes,
+            "megabytes_of_state_each_ddp": round(5 * 4 * parameters / 1e6, 1),
+            "megabytes_of_state_each_fsdp": round((5 * 4 * parameters / processes + 2 * 4 * block) / 1e6, 1),
+            "megabytes_sent_a_step_each_ddp": round(2 * others / 1e6, 1),
+            "megabytes_sent_a_step_each_fsdp": round(3 * others / 1e6, 1),
+            "seconds_a_step_without_sending": round(a_step / processes, 4),
+            "minutes_without_sending": round(steps * a_step / 60 / processes, 2),
+        }
     # Weights, gradients, averaged weights, and one (Muon) or two (AdamW) moments, in float32; activations come on top.
     return {
         "family": config.family,
         "characters_to_learn_from": sum(map(len, corpus.train)),
+        "tokens_to_learn_from": text.training_tokens,
         "vocabulary": config.vocabulary,
         "parameters": parameters,
         "precision": precision,
@@ -90,5 +110,4 @@ def estimate(config: RunConfig, device: str) -> dict[str, Any]:
         "megabytes_of_state": round(5 * 4 * parameters / 1e6, 1),
         "seconds_a_step": round(a_step, 4),
         "steps": steps,
-        "minutes": round(steps * a_step / 60, 2),
-    }
+    } | alone

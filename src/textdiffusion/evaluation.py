@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from textdiffusion.data import WORD
 from textdiffusion.deterministic_order import order_nll
+from textdiffusion.distributed import ALONE, Group
 from textdiffusion.errors import UserError
 from textdiffusion.guidance import told
 from textdiffusion.noise import Noise
@@ -90,6 +91,7 @@ def evaluate(
     batch: int | None = None,
     labels: np.ndarray | None = None,
     device: torch.device | str = "cpu",
+    group: Group = ALONE,
 ) -> Report:
     """Bits per character of held-out windows.
 
@@ -107,6 +109,7 @@ def evaluate(
         seed: of the noise; a part of the protocol.
         batch: windows in a network call; None: up to 128, and at most 2^24 logits.
         labels: int64 [windows], -1 for none: what each window costs given its label.
+        group: processes that share the work, all with these same arguments; each gets all figures.
     Raises:
         UserError: a sampler that is not there, or without a known bound.
     """
@@ -127,7 +130,7 @@ def evaluate(
         chosen = np.array([i for i, w in enumerate(windows) if len(w) == length])
         x = torch.from_numpy(np.stack([windows[i] for i in chosen]).astype(np.int64)).to(device)
         marks = None if labels is None else torch.from_numpy(labels[chosen]).to(device)
-        size = batch or max(1, min(128, 2**24 // (length * len(characters))))
+        size = batch or max(1, min(128, 2**24 // (length * len(characters)), group.most(len(x))))
         if isinstance(process, HasCurve) and not remembers:
             copies = draws
             if length == longest and len(chosen) > 1:
@@ -135,13 +138,13 @@ def evaluate(
                 # figures are as unbiased, but there is no curve, and they are less sharp.
                 needed = -(-2 * length // len(chosen))
                 copies = max(draws, needed if needed <= max(draws, MOST_COPIES) else draws)
-            curve, sums = _by_curve(process, x, marks, sizes[chosen], budgets, sampler, copies, seed, size)
+            curve, sums = _by_curve(process, x, marks, sizes[chosen], budgets, sampler, copies, seed, size, group)
         else:
             if calls and sampler not in (None, next(iter(process.steps))):
                 raise UserError(
                     f"no bound is known for the sampler {sampler!r}; there is one for {next(iter(process.steps))}"
                 )
-            sums = _by_draws(process, x, marks, sizes[chosen], budgets, draws, seed, size)
+            sums = _by_draws(process, x, marks, sizes[chosen], budgets, draws, seed, size, group)
         sums += [_by_order(process, x, marks, sizes[chosen], budget, ruled, size) for budget in followed]
         for j, part in enumerate(sums):
             totals[j] += part.nats
@@ -170,6 +173,7 @@ def _by_draws(
     draws: int,
     seed: int,
     batch: int,
+    group: Group,
 ) -> list[_Sums]:
     """Each budget by itself, from draws of ``process.nll``; a family with an exact likelihood has the first alone."""
     out: list[_Sums] = []
@@ -178,15 +182,16 @@ def _by_draws(
             break
         nats, draw = np.zeros(len(x)), 0
         while True:
-            for begin in range(0, len(x), batch):
+            for begin, own in _turns(len(x), batch, group):
                 part = slice(begin, begin + batch)
                 model = process if labels is None else told(process, labels[part])
                 nll = model.nll(x[part], Noise(seed, np.arange(len(x))[part], len(x), draw, x.device), budget)
-                nats[part] += nll.total.double().cpu().numpy()
+                if own:
+                    nats[part] += nll.total.double().cpu().numpy()
             draw += 1
             if nll.kind == "exact" or draw == draws:
                 break
-        nats /= draw
+        nats = group.total(nats) / draw
         spread = nats - nats.sum() / sizes.sum() * sizes
         out.append(_Sums(float(nats.sum()), spread, nll.kind, nll.sampler, nll.calls))
     return out
@@ -214,6 +219,7 @@ def _by_curve(
     copies: int,
     seed: int,
     batch: int,
+    group: Group,
 ) -> tuple[list[float], list[_Sums]]:
     """Curve in nats by number shown (empty if too few examples for all its points), and the sums of every budget.
 
@@ -233,11 +239,14 @@ def _by_curve(
     n = 1 + np.minimum((place * length / examples + 1e-9).astype(np.int64), length - 1)
     hidden = torch.from_numpy(n).to(x.device)
     values = np.zeros(examples)
-    for begin in range(0, examples, batch):
+    for begin, own in _turns(examples, batch, group):
         part = np.arange(begin, min(begin + batch, examples))
         noise = Noise(seed, part, examples, 1, x.device)
         model: Any = process if labels is None else told(process, labels[window[part]])
-        values[part] = model.curve_point(x[window[part]], hidden[part], noise).double().cpu().numpy()
+        points = model.curve_point(x[window[part]], hidden[part], noise).double().cpu().numpy()
+        if own:
+            values[part] = points
+    values = group.total(values)
     count = np.bincount(n, minlength=length + 1).astype(float)
     # A window of more characters is expected to hold more nats.
     share = (sizes / max(sizes.mean(), 1e-9))[window]
@@ -258,6 +267,15 @@ def _by_curve(
         spread = np.bincount(window, weights=parts, minlength=windows)
         out.append(_Sums(nats, spread, "upper", sampler or next(iter(process.steps)), made))
     return mean[:0:-1].tolist() if whole else [], out
+
+
+def _turns(total: int, batch: int, group: Group) -> Iterator[tuple[int, bool]]:
+    """Where this process's batches begin, and whether each is its own: all processes make equally many calls, which
+    they must where they share a network, and what one makes only to keep step is not counted."""
+    begins = range(0, total, batch)
+    for turn in range(0, len(begins), group.size):
+        place = turn + group.rank
+        yield begins[min(place, len(begins) - 1)], place < len(begins)
 
 
 # -- samples ------------------------------------------------------------------------------------------------------

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import math
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from textdiffusion import card
 from textdiffusion.adaptation import fill
-from textdiffusion.config import RunConfig
+from textdiffusion.checkpoints import Checkpoints
+from textdiffusion.config import RunConfig, check_new
 from textdiffusion.data import Corpus, fingerprint, load_corpus, tokenize
+from textdiffusion.distributed import Group, joined
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation import Figure, evaluate
+from textdiffusion.files import alone_in
+from textdiffusion.networks.network import TextNetwork
 from textdiffusion.noise import Noise
 from textdiffusion.pacing import EXAMPLES, measure_costs
 from textdiffusion.process import Process, count_parameters
 from textdiffusion.run import Run, build
 from textdiffusion.sampling import sample
+from textdiffusion.sharding import Parallel
+from textdiffusion.shards import TrainingText, is_prepared, open_mixture, training_text
+from textdiffusion.stopping import Signals
 from textdiffusion.tokenizer import Tokenizer
 from textdiffusion.tokenizer import build as build_tokenizer
 from textdiffusion.training import Learner, fastest_precision, micro_batch_for, train, tune_allocator
@@ -84,42 +91,29 @@ class Stopped:
     signal: int | None = None
 
 
-Event = Started | Stepped | Validated | Stopped
+@dataclass(frozen=True)
+class Warned:
+    """Something went wrong, and the training goes on."""
+
+    line: str
 
 
-class _Signals:
-    """Notes SIGINT and SIGTERM while training, so that a checkpoint can be saved first; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.before: dict[int, object] = {}
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self.before = {}
-
-    def __enter__(self) -> _Signals:
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._note)
-        except ValueError:
-            pass  # not the main thread: signals are someone else's business
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._restore()
+Event = Started | Stepped | Validated | Warned | Stopped
 
 
 def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> tuple[Corpus, Tokenizer, RunConfig]:
-    """Read the text and make, or take, the tokenizer; the config with what follows from them filled in."""
-    corpus = load_corpus(config.data)
-    tokenizer = tokenizer or build_tokenizer(config.tokenizer, corpus.train)
-    text = fingerprint(corpus)
+    """Read the text and make, or take, the tokenizer; the config with what follows from them filled in. Of prepared
+    corpora the tokens are read when they are needed, and the text is not there."""
+    if is_prepared(config.data.source):
+        corpora, _ = open_mixture(config.data.source)
+        corpus = Corpus(config.data.source, [], [], provenance="; ".join(c.provenance for c in corpora))
+        text = hashlib.sha256(" ".join(c.fingerprint for c in corpora).encode()).hexdigest()[:16]
+        tokenizer = corpora[0].tokenizer
+        config = dataclasses.replace(config, tokenizer=tokenizer.kind)
+    else:
+        corpus = load_corpus(config.data)
+        tokenizer = tokenizer or build_tokenizer(config.tokenizer, corpus.train)
+        text = fingerprint(corpus)
     if config.text not in ("", text):
         raise UserError(
             f"the text of {config.data.source} is not the one this run was trained on, so what was held out "
@@ -134,82 +128,197 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> tuple[Corp
     return corpus, tokenizer, config
 
 
-def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "cpu") -> Iterator[Event]:
-    """Train a run in ``path``; the consumer's reading of the iterator drives it.
+def to_learn(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> TrainingText:
+    """The windows of a training, and those held out for its validations.
 
     Raises:
-        UserError: unusable data or settings, a run that is there already, or none to resume.
+        UserError: too short a text, or damaged shards.
+    """
+    length, seed = int(config.network["window"]), config.training.seed
+    if is_prepared(config.data.source):
+        return training_text(config.data.source, length, seed, VALIDATION_TOKENS)
+    tokens = tokenize(corpus, tokenizer)
+    held_out = evaluation_windows(tokens["validation"], length, limit=VALIDATION_TOKENS)
+    learnt, held = (len(tokens[part].tokens) for part in ("train", "validation"))
+    labels = evaluation_labels(tokens["validation"], length, limit=VALIDATION_TOKENS)
+    return TrainingText(Windows(tokens["train"], length, seed), held_out, learnt, held, labels)
+
+
+def _begin(config: RunConfig, path: Path, resume: bool, device: str, group: Group) -> tuple[Run, Corpus, TrainingText]:
+    """The run, its text and its tokens: made or opened by the main process, then opened by the others."""
+
+    def main() -> tuple[Run, Corpus]:
+        before = Run.open(path) if resume else None
+        corpus, tokenizer, full = prepare(before.config if before else config, before.tokenizer if before else None)
+        if before:
+            before.tidy()
+            return Run(path, full, tokenizer), corpus
+        # Precision and micro-batches that are fast here; a resumed run keeps what it began with.
+        training = full.training
+        if training.precision == "auto":
+            training = dataclasses.replace(training, precision=fastest_precision(torch.device(device)))
+        if training.micro_batch is None:
+            network: Any = build(full).network
+            symbols = int(full.network["window"]) * network.symbols_a_token
+            size = micro_batch_for(symbols, full.vocabulary, network.config.width, device)
+            training = dataclasses.replace(training, micro_batch=min(training.batch, size))
+        return Run(path, dataclasses.replace(full, training=training), tokenizer), corpus
+
+    found, failure = None, None
+    if group.main:
+        try:
+            run, corpus = main()
+            found = (run, corpus, to_learn(run.config, corpus, run.tokenizer))
+            if not resume:
+                Run.create(path, run.config, run.tokenizer)
+        except UserError as error:
+            if group.size == 1:
+                raise
+            failure = str(error)
+    group.together(failure)
+    if found is not None:
+        return found
+    run = Run.open(path)
+    corpus, tokenizer, _ = prepare(run.config, run.tokenizer)
+    return run, corpus, to_learn(run.config, corpus, tokenizer)
+
+
+def fit(
+    config: RunConfig, path: Path, *, resume: bool = False, device: str = "cpu", parallel: Parallel = "auto"
+) -> Iterator[Event]:
+    """Train a run in ``path``; the consumer's reading of the iterator drives it.
+
+    Args:
+        resume: go on with the run that is there.
+        parallel: with several processes (torchrun): "ddp", "fsdp", or "auto" for the first where memory allows it.
+    Raises:
+        UserError: unusable data or settings, a run that is there already, none to resume, or one that another process
+            is training.
     """
     tune_allocator()
-    # 1. Text to tokens.
-    before = Run.open(path) if resume else None
-    config = before.config if before else config
-    corpus, tokenizer, config = prepare(config, before.tokenizer if before else None)
-    tokens = tokenize(corpus, tokenizer)
-    window = int(config.network["window"])
-    windows = Windows(tokens["train"], window, config.training.seed)
-    held_out = evaluation_windows(tokens["validation"], window, limit=VALIDATION_TOKENS)
-    labels = evaluation_labels(tokens["validation"], window, limit=VALIDATION_TOKENS)
+    with joined(device) as group, contextlib.ExitStack() as held:
+        path, failure = Path(group.told(str(path))), None
+        if group.main:
+            try:
+                if not resume:
+                    check_new(path)
+                    path.mkdir(parents=True, exist_ok=True)
+                    held.callback(_remove_if_empty, path)  # as it is if the text is refused
+                if path.is_dir():
+                    held.enter_context(alone_in(path))
+            except UserError as error:
+                failure = str(error)
+        group.together(failure)
+        yield from _train(config, path, resume, device, parallel, group)
 
-    # 2. Network, in the precision and the micro-batches that are fast here. A resumed run keeps what it began with.
-    if config.training.precision == "auto":
-        fastest = fastest_precision(torch.device(device))
-        config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=fastest))
+
+def _train(
+    config: RunConfig, path: Path, resume: bool, device: str, parallel: Parallel, group: Group
+) -> Iterator[Event]:
+    # 1. Text to tokens.
+    run, corpus, text = _begin(config, path, resume, device, group)
+    config, tokenizer, window = run.config, run.tokenizer, int(run.config.network["window"])
+
+    # 2. Network.
     process = build(config)
     network: Any = process.network
-    if config.init_from and before is None:
+    if config.init_from and not resume:
         fill(network, config)
-    network.to(device)
-    if config.training.micro_batch is None:
-        symbols = window * network.symbols_a_token
-        size = min(config.training.batch, micro_batch_for(symbols, config.vocabulary, network.config.width, device))
-        config = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch=size))
+    parameters = count_parameters(network)
+    shard = sharded(parallel, group, parameters)
+    if not shard:
+        network.to(device)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    learner = Learner(network, config.training)
+    learner = Learner(network, config.training, group, shard=shard)
     if config.training.compile:
         network.compile_blocks()
     averaged: Any = learner.average.module
     for net in (network, averaged):
         net.compute_dtype = dtype
+    if config.training.activation_checkpointing:
+        if not isinstance(network, TextNetwork):
+            raise UserError("training.activation_checkpointing is for networks of this library; leave it out")
+        network.recompute()
     numbers: dict[str, float] = {"best": math.inf, "best_step": 0, "smooth": 0.0}
-    if before:
+    checkpoints = Checkpoints(path / "checkpoints", group)
+    wrong: list[str] = []
+    if resume:
         # A run killed before its first checkpoint begins anew, with the same draws.
-        run, numbers = before, before.restore(learner) or numbers
-        run.forget_after(learner.step)
-    else:
-        run = Run.create(path, config, tokenizer)
+        found, wrong = checkpoints.restore(learner)
+        numbers = found or numbers
+        if group.main:
+            run.forget_after(learner.step)
+        if not group.decided(float(group.main and run.has_weights))[0]:
+            numbers["best"] = math.inf  # what is used is made again, by the next validation
     yield Started(
-        path, config.family, count_parameters(network), tokenizer.vocabulary, len(tokens["train"].tokens),
-        len(tokens["validation"].tokens), str(config.training.precision), tokenizer.describe(), learner.step,
+        path, config.family, parameters, tokenizer.vocabulary, text.training_tokens,
+        text.validation_tokens, str(config.training.precision), tokenizer.describe(), learner.step,
     )  # fmt: skip
+    for line in wrong:
+        yield Warned(f"{line}; going on from step {learner.step:,}")
 
     # 3. Learn.
     best, best_step, smooth = numbers["best"], int(numbers["best_step"]), numbers["smooth"]
     validations = math.floor(learner.progress * config.training.evaluations)
+    troubles: list[str] = []
+
+    def keep() -> bool:
+        """Save the averaged weights as those to use; whether that could be done."""
+        weights, done = learner.whole_average() if group.main or shard else {}, True
+        if group.main:
+            try:
+                run.save_weights(weights)
+            except OSError as error:
+                done = False
+                troubles.append(f"the weights could not be written ({error.strerror}); those before are kept")
+        return bool(group.decided(float(done))[0])
 
     def validate(with_sample: bool) -> Validated:
         nonlocal best, best_step
         view = process.over(averaged.eval())
-        said = evaluate(view, held_out, tokenizer.characters, tokenizer.spelling, labels=labels, device=device)
+        said = learner.averaged(
+            lambda: evaluate(
+                view, text.held_out, tokenizer.characters, tokenizer.spelling, labels=text.labels, device=device,
+                group=group,
+            )
+        )  # fmt: skip
         figure = said.figure
-        better = figure.bits_per_char < best
+        better = figure.bits_per_char < best and keep()
         if better:
             best, best_step = figure.bits_per_char, learner.step
-            run.save_weights(averaged)
-        text = show(view, tokenizer, window, config.training.seed, device) if with_sample else None
+        written = None
+        if with_sample and (group.main or shard):
+            written = learner.averaged(show, view, tokenizer, window, config.training.seed, device)
         risen = best_step if figure.bits_per_char > best + 4 * (figure.standard_error or math.inf) else None
         record: dict[str, object] = {"step": learner.step, "seconds": round(learner.seconds, 2), "objective": smooth}
-        run.log(record | vars(figure) | {"sample": text})
-        return Validated(learner.step, figure, better, text, risen)
+        if group.main:
+            try:
+                run.log(record | vars(figure) | {"sample": written})
+            except OSError as error:
+                troubles.append(f"metrics.jsonl could not be written ({error.strerror})")
+        return Validated(learner.step, figure, better, written, risen)
 
     def save() -> None:
-        run.save_checkpoint(learner, {"best": best, "best_step": best_step, "smooth": smooth})
+        trouble = checkpoints.save(learner, {"best": best, "best_step": best_step, "smooth": smooth})
+        if trouble:
+            troubles.append(f"a checkpoint could not be written: {trouble}; those before are kept")
+
+    def told() -> Iterator[Warned]:
+        while troubles:
+            yield Warned(troubles.pop(0))
+
+    def write_card() -> None:
+        if group.main:
+            card.write_card(run, best, learner.step, learner.seconds, corpus)
 
     finished, spent = learner.progress >= 1, 0.0
     saved, begin, begin_step = time.monotonic(), time.perf_counter(), learner.step
-    with _Signals() as signals:
-        for now in train(process, windows.rows, learner, device, windows.labels):
-            smooth += max(0.05, 1 / now.step) * (now.loss - smooth)
+    with Signals(group) as signals:
+        for now in train(process, text.windows.rows, learner, device, getattr(text.windows, "labels", None)):
+            if math.isfinite(now.loss):
+                smooth += max(0.05, 1 / now.step) * (now.loss - smooth)
+            else:
+                yield Warned(f"step {now.step:,} changed nothing: its loss or gradient was not a number")
             made, elapsed = now.step - begin_step, time.perf_counter() - begin
             if config.training.steps is not None:
                 left = (config.training.steps - now.step) * elapsed / made
@@ -219,33 +328,65 @@ def fit(config: RunConfig, path: Path, *, resume: bool = False, device: str = "c
             due = math.floor(now.progress * config.training.evaluations)
             # By the clock, validation may take its share of the time and no more; by steps, it must not depend on time.
             afford = config.training.steps is not None or spent <= VALIDATION_SHARE * now.seconds
+            late = time.monotonic() - saved >= config.training.checkpoint_seconds
+            afford, late = map(bool, group.decided(afford, late))
             if validations < due < config.training.evaluations and afford:
                 validations, since = due, time.perf_counter()
                 event = validate(due % SHOWN_EVERY == 0)
                 spent += time.perf_counter() - since
                 yield event
-            if signals.received is not None and now.progress < 1:
+            received = signals.agreed()
+            if received is not None and now.progress < 1:
                 if math.isinf(best):
-                    run.save_weights(
-                        averaged
-                    )  # something to sample from; no validation that a whole run would not make
+                    keep()  # something to sample from; no validation that a whole run would not make
                 save()
-                card.write_card(run, best, now.step, now.seconds, corpus)
-                yield Stopped(path, now.step, now.seconds, None if math.isinf(best) else best, signals.received)
+                if trouble := checkpoints.finish():
+                    raise UserError(f"stopped, and the last checkpoint could not be written: {trouble}; make room")
+                write_card()
+                yield from told()
+                yield Stopped(path, now.step, now.seconds, None if math.isinf(best) else best, received)
                 return
-            # Not at the end: what a finished run keeps includes its last validation.
-            if time.monotonic() - saved >= config.training.checkpoint_seconds and now.progress < 1:
+            # Not at the end: what a finished run keeps includes its last validation. Not while steps are skipped.
+            if late and now.progress < 1 and not learner.astray:
                 save()
                 saved = time.monotonic()
+            yield from told()
         if not finished or math.isinf(best):
             yield validate(True)
             save()
+            yield from told()
+        if trouble := checkpoints.finish():
+            raise UserError(
+                f"the last checkpoint could not be written: {trouble}; make room, then --resume makes the last steps "
+                "again"
+            )
+        if math.isinf(best):
+            raise UserError(
+                "no weights could be kept: no validation gave a number, or there was no room; make room and "
+                "--resume, or start again with a lower --set training.rate and training.matrix_rate"
+            )
     # As many windows as are a small part of those that were learnt from.
     examples = min(EXAMPLES, learner.step * config.training.batch // 25)
-    kept = run.load(device)
-    run.save_grid(measure_costs(kept, held_out, examples=examples, device=device), examples)
-    card.write_card(run, best, learner.step, learner.seconds, corpus)
+    if group.main:
+        kept = run.load(device)
+        run.save_grid(measure_costs(kept, text.held_out, examples=examples, device=device), examples)
+    write_card()
     yield Stopped(path, learner.step, learner.seconds, best)
+
+
+def _remove_if_empty(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.rmdir()
+
+
+def sharded(parallel: Parallel, group: Group, parameters: int) -> bool:
+    """Whether each process keeps only a shard of the network: if asked to, or where a GPU cannot hold all of it."""
+    if group.size == 1:
+        return False
+    if parallel != "auto" or group.device != "cuda":
+        return parallel == "fsdp"
+    # Weights, gradients, averages and two moments in float32 should leave a third of the memory for activations.
+    return 20 * parameters > torch.cuda.get_device_properties(group.device).total_memory * 2 / 3
 
 
 def show(process: Process, tokenizer: Tokenizer, length: int, seed: int, device: str) -> str:

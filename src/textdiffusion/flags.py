@@ -45,7 +45,8 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p = verb("train", "train a model")
     p.add_argument("--family", default="masked", help="see `textdiffusion families` (default: masked)")
     p.add_argument("--data", default="pydoc", metavar="pydoc|PATH|hf:NAME",
-                   help="built-in text; .txt, .jsonl, .csv, .parquet file, folder or glob; or a hub name")  # fmt: skip
+                   help="built-in text; .txt, .jsonl, .csv, .parquet file, folder or glob; a hub name; what `prepare` "
+                   "made, or mix:FOLDER=WEIGHT,...")  # fmt: skip
     p.add_argument("--text-field", default="text", help="field of the text in .jsonl, .csv, .parquet and hub data")
     p.add_argument("--label", metavar="FIELD",
                    help="learn with labels: a field of each record, or file or folder, what it is in")  # fmt: skip
@@ -67,7 +68,19 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
                    help="any field of network, process, training or data; may be repeated")  # fmt: skip
     p.add_argument("--track", choices=["tensorboard", "wandb"], help="figures there, besides metrics.jsonl")
     p.add_argument("--compile", action="store_true", help="compile the network: half a minute, then faster steps")
+    p.add_argument("--parallel", choices=["auto", "ddp", "fsdp"], default="auto",
+                   help="over the processes that torchrun starts: whole networks (ddp), or shards (default: auto, "
+                   "ddp where a GPU can hold it)")  # fmt: skip
     p.add_argument("--dry-run", action="store_true", help="say what would be trained, and train nothing")
+    p.add_argument("--processes", type=int, default=1, metavar="N", help="of the dry run: on so many GPUs or machines")
+
+    p = verb("prepare", "tokenize a corpus of any size into shards that `train --data` reads, by several processes")
+    p.add_argument("source", metavar="SRC", help="what `train --data` takes: files, a folder, a glob, or hf:NAME")
+    p.add_argument("out", type=Path, metavar="OUT", help="a new folder; or one that was begun, to finish or mend it")
+    p.add_argument("--tokenizer", default="bpe:8192", metavar="char|byte|bpe:N|hf:NAME", help="(default: bpe:8192)")
+    p.add_argument("--text-field", default="text", help="field of the text in .jsonl, .csv, .parquet and hub data")
+    p.add_argument("--validation-share", type=float, default=0.01, help="held out (default: 0.01)")
+    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a core)")
 
     p = verb("sample", "write text")
     p.add_argument(

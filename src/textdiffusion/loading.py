@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from textdiffusion.config import SHIPPED, SHIPPED_INSTEAD, new_run_path, newest_run, read_config, run_to_use
+from textdiffusion.distributed import ALONE, Group
 from textdiffusion.errors import UserError
 from textdiffusion.fetching import fetch, is_foreign
 from textdiffusion.fit import Stopped, fit
@@ -34,7 +35,9 @@ def pick_device(device: str) -> str:
     return device
 
 
-def load(path: str | Path | None = None, device: str = "auto", precision: Precision = "auto") -> Model:
+def load(
+    path: str | Path | None = None, device: str = "auto", precision: Precision = "auto", group: Group = ALONE
+) -> Model:
     """Load a run directory, or a model of the hub by USER/NAME; None takes the newest run under runs/, or warns that it
     takes the one that comes with the package where there is none (`textdiffusion.SHIPPED`).
 
@@ -43,6 +46,7 @@ def load(path: str | Path | None = None, device: str = "auto", precision: Precis
     Args:
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
         precision: what to sample in: "fp32", "bf16", or "auto" for what this machine multiplies faster.
+        group: processes, with a copy of the model each, that share what is evaluated and written.
     Raises:
         UserError: there is no run, or it is damaged.
     """
@@ -54,7 +58,7 @@ def load(path: str | Path | None = None, device: str = "auto", precision: Precis
         found = read(place)
         return Model(fill(found.config, found.tensors, device), found.tokenizer, found.config, device, precision)
     run = Run.open(place)
-    return Model(run.load(device), run.tokenizer, run.config, device, precision)
+    return Model(run.load(device), run.tokenizer, run.config, device, precision, group)
 
 
 def train(

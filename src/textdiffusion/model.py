@@ -14,6 +14,7 @@ import torch
 from textdiffusion.automaton import Automaton
 from textdiffusion.config import RunConfig
 from textdiffusion.constraints import Hold, refusal
+from textdiffusion.distributed import ALONE, Group
 from textdiffusion.drafts import HasDraft
 from textdiffusion.editing import Edit, mend
 from textdiffusion.errors import UserError
@@ -57,11 +58,12 @@ class Model:
         config: RunConfig,
         device: str = "cpu",
         precision: Precision = "auto",
+        group: Group = ALONE,
     ):
         self.process, self.tokenizer, self.config, self.device = process, tokenizer, config, device
         if precision not in get_args(Precision):
             raise UserError(f"--precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
-        self.precision = precision
+        self.precision, self.group = precision, group
         self._automata: dict[Pattern, Automaton] = {}
         self.used = ("", "")  # sampler and grid of the texts written last
         tune_allocator()
@@ -276,7 +278,7 @@ class Model:
         """
         check_writing(n)
         if reproducible and self.precision != "fp32":
-            exact = Model(self.process, self.tokenizer, self.config, self.device, "fp32")
+            exact = Model(self.process, self.tokenizer, self.config, self.device, "fp32", self.group)
             written = exact.sample_counted(n, length, calls, reproducible=True, **how)
             self.used = exact.used
             return written
@@ -288,11 +290,18 @@ class Model:
         width = self.tokenizer.vocabulary * (length or self.window)
         size = min(FIXED_BATCH if reproducible else BATCH, max(1, 2**24 // width))
         size = max(1, size // max(how.get("particles", 1), 1))
-        for first in range(0, n, size):
+        if not reproducible:
+            size = min(size, self.group.most(n))
+        for number, first in enumerate(range(0, n, size)):
+            if number % self.group.size != self.group.rank:
+                continue  # another process writes those
             part = size if reproducible else min(size, n - first)
             *_, last = self.stream(part, length, calls, **how, first_row=first)
             texts += last.texts
             made += last.frame.calls.tolist()
+        if self.group.size > 1:
+            rows = self.group.in_turn(list(zip(texts, made)), size, n)
+            texts, made = [text for text, _ in rows], [calls for _, calls in rows]
         return texts[:n], made[:n]
 
     def best(self, k: int, n: int = 8, draws: int = 64, **how: Any) -> list[tuple[str, Figure]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import string
+import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -135,7 +136,9 @@ def expression(pattern: str) -> ByteAutomaton:
         UserError: it is no regular expression, or one of those.
     """
     try:
-        re.compile(pattern)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+            re.compile(pattern)
     except re.error as error:
         raise UserError(f"--regex {pattern!r} is not a regular expression: {error}") from error
     # The whole text matches anyhow.
@@ -152,6 +155,8 @@ def expression(pattern: str) -> ByteAutomaton:
     except Exception as error:  # its own kinds, and others at what it does not expect
         raise UserError(f"--regex {pattern!r} cannot be kept to here: {str(error) or 'syntax'}; simplify it") from error
     symbols = dict(machine.alphabet)
+    if interegular.fsm.anything_else not in symbols:
+        raise UserError(f"--regex {pattern!r} matches no text but the empty one; write what the text is to be")
     other = symbols.pop(interegular.fsm.anything_else)
     states = {state: i for i, state in enumerate([machine.initial, *(machine.states - {machine.initial})])}
     table = np.full((len(states) + 1, len(machine.alphabet.by_transition)), len(states))

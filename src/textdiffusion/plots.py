@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from textdiffusion.files import write
 from textdiffusion.frames import one_line, visible
-from textdiffusion.run import write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -110,7 +110,7 @@ def convert(source: Path, path: Path, tokenizer: str | None = None) -> Published
     check_new(path)
     found = read(source, tokenizer)
     run = Run.create(path, found.config, found.tokenizer)
-    run.save_tensors(found.tensors)
+    run.save_weights(found.tensors)
     return found
 
 

@@ -16,6 +16,7 @@ from textdiffusion.loading import load
 from textdiffusion.model import Model
 from textdiffusion.pacing import measure_costs
 from textdiffusion.run import Run
+from textdiffusion.shards import is_prepared, training_text
 from textdiffusion.tokenizer import Tokenizer
 from textdiffusion.windows import evaluation_labels, evaluation_windows
 
@@ -122,6 +123,14 @@ def report(
     if data is None and not known:
         raise UserError("this model was made elsewhere, from a text that is not known here; name one with --data")
     own, _, _ = prepare(model.config, model.tokenizer) if data is None or (samples and known) else (None, None, None)
+    prepared = is_prepared(model.config.data.source)
+    if prepared and own is not None:
+        samples = 0  # the words of the training text are not there to compare with
+    if data is None and prepared:
+        assert own is not None
+        if split == "test":
+            raise UserError("prepared corpora have no test part; leave out --split test")
+        return _of_prepared(model, calls, sampler, tokens, draws, seed)
     if data is not None:
         corpus = whole_text(replace(model.config.data, source=data))
         split, name = "validation", corpus.name
@@ -142,13 +151,16 @@ def report(
             raise UserError(
                 "--keep-grid has nothing to measure: this family makes one call a token, or the text is short"
             )
-        Run.open(keep).save_grid(measured, examples)
-        model = load(keep, model.device, model.precision)
+        if model.group.main:
+            Run.open(keep).save_grid(measured, examples)
+        model.group.together(None)  # it is there for all
+        model = load(keep, model.device, model.precision, model.group)
     labels = evaluation_labels(held_out, model.window, limit=tokens)
     process = model.process.on(model.grid(grid))
     likelihood = evaluate(
         process, windows, model.tokenizer.characters, model.tokenizer.spelling, calls=calls, sampler=sampler,
-        labels=labels, draws=draws, seed=seed, device=model.device,
+        labels=labels,
+        draws=draws, seed=seed, device=model.device, group=model.group,
     )  # fmt: skip
     unlabelled = None
     if labels is not None:
@@ -171,6 +183,26 @@ def report(
         model.config.family, name, likelihood, unlabelled, unseen, pieces, statistics, made, spent,
         model.grid(grid).name, bool(measured),
     )  # fmt: skip
+
+
+def _of_prepared(
+    model: Model, calls: Sequence[int], sampler: str | None, tokens: int | None, draws: int | None, seed: int
+) -> RunReport:
+    """The likelihood of the held-out part of prepared corpora."""
+    source = model.config.data.source
+    windows = training_text(source, model.window, 0, tokens).held_out
+    likelihood = evaluate(
+        model.process, windows, model.tokenizer.characters, model.tokenizer.spelling, calls=calls, sampler=sampler,
+        draws=draws or 2, seed=seed, device=model.device, group=model.group,
+    )  # fmt: skip
+    if model.tokenizer.kind.startswith("hf:"):
+        likelihood = without_kind(likelihood)  # whether it kept all of the text is no longer known
+    pieces = model.tokenizer.kind not in ("char", "byte")
+    unknown = model.tokenizer.unknown
+    unseen = 0 if unknown is None else int(sum((w == unknown).sum() for w in windows))
+    return RunReport(
+        model.config.family, f"validation part of {source}", likelihood, None, unseen, pieces, None, 0, 0.0
+    )
 
 
 def lossy(tokenizer: Tokenizer, corpus: Corpus) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ class TrainingConfig:
     unlabelled: float = 0.1  # share of the examples whose label is kept from the network, for guidance
     precision: Precision = "auto"
     compile: bool = False  # fuse elementwise work with torch.compile, which needs a C++ compiler on a CPU
+    activation_checkpointing: bool = False  # compute activations again in the backward pass: less memory, slower
     evaluations: int = 20  # validations over the training
     checkpoint_seconds: float = 60.0  # between two checkpoints
     seed: int = 0
@@ -84,6 +86,19 @@ def check_device(device: str) -> None:
     """
     if device == "mps":
         raise UserError("draws are made in float64, which Apple GPUs lack; use --device cpu")
+
+
+def check_parallel(parallel: str) -> None:
+    """Refuse to spread a training over processes that have not been started.
+
+    Raises:
+        UserError: saying how they are started.
+    """
+    if parallel != "auto" and int(os.environ.get("WORLD_SIZE") or 1) < 2:
+        raise UserError(
+            f"--parallel {parallel} needs several processes; start them with: "
+            f"torchrun --nproc_per_node=2 -m textdiffusion train --parallel {parallel} ..."
+        )
 
 
 def check_writing(

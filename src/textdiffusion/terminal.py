@@ -16,8 +16,9 @@ from rich.text import Text
 
 from textdiffusion import plots
 from textdiffusion.config import SHIPPED, RunConfig
-from textdiffusion.fit import Event, Started, Stepped, Stopped, Validated, fit
+from textdiffusion.fit import Event, Started, Stepped, Stopped, Validated, Warned, fit
 from textdiffusion.frames import one_line
+from textdiffusion.sharding import Parallel
 from textdiffusion.tracking import tracked
 
 PLAIN_EVERY = 10.0  # seconds between two progress lines over a pipe
@@ -72,6 +73,8 @@ class TrainingView:
                 )
             if event.sample is not None:
                 self.console.print(Text("  " + one_line(event.sample), style="italic"), soft_wrap=True)
+        elif isinstance(event, Warned):
+            self._say(f"warning: {event.line}")
         elif isinstance(event, Stopped) and event.signal is not None:
             self._say(
                 f"stopped at step {event.step:,} and saved; go on with: textdiffusion train --out {event.run} --resume"
@@ -101,11 +104,12 @@ def follow(
     console: Console,
     quiet: bool = False,
     track: str | None = None,
+    parallel: Parallel = "auto",
 ) -> Stopped:
     """Train, or go on with, a run, and show it."""
     last = None
     with TrainingView(console, quiet) as view:
-        for event in tracked(fit(config, path, resume=resume, device=device), track, config, path):
+        for event in tracked(fit(config, path, resume=resume, device=device, parallel=parallel), track, config, path):
             view.show(event)
             if isinstance(event, Stopped):
                 last = event

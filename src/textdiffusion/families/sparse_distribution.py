@@ -43,6 +43,7 @@ from textdiffusion.absorbing import (
     hide_counts,
     mask_rates,
 )
+from textdiffusion.conditioning import at_least_one
 from textdiffusion.cross_entropy import token_nats
 from textdiffusion.errors import UserError
 from textdiffusion.networks.candidates import Slots, with_elsewhere
@@ -199,11 +200,13 @@ class SparseDistribution(AnyOrder):
         # 2. Candidates: of no meaning, or on a share of the rows the network's own.
         slots = self.first(x)
         share = self.config.refined if self.passes > 1 else 0.0
-        rows = (noise.uniform("refined") < share).nonzero().squeeze(-1)
-        if len(rows):
+        if share > 0:
+            coin = noise.uniform("refined") < share
+            rows = at_least_one(coin)
             with torch.no_grad():
                 label = None if condition is None else condition[rows]
-                own = self.refine(x[rows], slots.select(rows), 1, label)
+                own = self.refine(x[rows], slots.select(rows), 1, label).select(coin[rows])
+            rows = rows[coin[rows]]
             slots = Slots(
                 slots.symbols.index_copy(0, rows, own.symbols),
                 slots.log_p.index_copy(0, rows, own.log_p.to(slots.log_p.dtype)),

@@ -9,6 +9,7 @@ Shapes: B batch, L length, K slots of a position, D width, S input symbols.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +54,15 @@ class Candidates(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.readout = nn.Parameter(torch.zeros(width))
-        self.trust = nn.Parameter(torch.ones(()))
+        self.trust = nn.Parameter(torch.ones(1))  # with a dimension: shards are cut along one
         # What a symbol's probability adds to its embedding; nothing at certainty, whose vector is the embedding.
         self.doubt = nn.Parameter(torch.zeros(width, 2))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        trust = state_dict.get(prefix + "trust")
+        if trust is not None and trust.dim() == 0:  # of a run from when it was a scalar
+            state_dict[prefix + "trust"] = trust.unsqueeze(0)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, table: Tensor, symbols: Tensor, log_p: Tensor, dtype: torch.dtype) -> Tensor:
         weight = self.weights(table, symbols, log_p)

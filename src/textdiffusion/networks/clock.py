@@ -38,6 +38,10 @@ class Clock(nn.Module):
         self.pending.zero_()
         self.step.fill_(step)
 
+    def forget(self) -> None:
+        """What has been noted in this step is not to count."""
+        self.pending.zero_()
+
     @torch.no_grad()
     def note(self, level: Tensor, nats: Tensor) -> None:
         """Costs ``nats`` [N] at ``level`` [N], from 0 (text) to 1 (noise)."""

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from textdiffusion.networks.clock import Clock
 from textdiffusion.networks.shape import TransformerConfig
@@ -65,6 +67,17 @@ class TextNetwork(nn.Module, ABC):
     @abstractmethod
     def compile_blocks(self) -> None:
         """Compile what has one shape in training; what is before and after it has many."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> list[nn.Module]:
+        """The modules that take most of the memory: each can be kept in shards of its own, and computed again."""
+
+    def recompute(self) -> None:
+        """From now on compute the activations inside the parts again in the backward pass, where they are not kept."""
+        for part in self.parts:
+            # Inside of what is called, so that a sharded part is whole when it is computed again.
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False)
 
     def start(self, embedding: float, skip: nn.Module | None = None) -> None:
         """Hidden matrices with variance 1 / fan-in, tables (but for ``skip``) with deviation ``embedding``, the head at

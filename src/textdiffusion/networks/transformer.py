@@ -184,6 +184,10 @@ class Transformer(TextNetwork):
             block.compile()
 
     @property
+    def parts(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+    @property
     def span(self) -> int:
         """How far before its own block a position sees with attention = "block": as far as in a window of training, so
         that what lies behind it can be forgotten."""

@@ -163,6 +163,10 @@ class UNet(TextNetwork):
         return [module for module in self.blocks.modules() if isinstance(module, Residual)]
 
     @property
+    def parts(self) -> list[nn.Module]:
+        return [*self.residuals, self.blocks.whole]
+
+    @property
     def products(self) -> float:
         # A level's positions are half as many as those of the level above.
         blocks, lowest = self.blocks, self.config.levels

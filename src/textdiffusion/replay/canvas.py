@@ -10,9 +10,9 @@ from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 
+from textdiffusion.files import write
 from textdiffusion.frames import BLANK, Cell
 from textdiffusion.replay.recording import Panel, Recording
-from textdiffusion.run import write
 
 QUICK = 2.0  # seconds; what was written faster is played back over SLOWLY
 SLOWLY = 3.0
