@@ -190,7 +190,7 @@ def stream(model: Model, streamer: Any, *, prompt: str | None = None, **how: Any
     Args:
         model: a loaded run.
         streamer: anything with these methods; one without ``put_draft`` is given the text alone.
-        how: as in ``Model.stream``. A position where nothing is written yet is shown as a space, or an underscore.
+        how: as in ``Model.stream``. A position where nothing is written yet is shown as an underscore, or a space.
     """
     given = encode(prompt, model.tokenizer) if prompt else torch.zeros(0, dtype=torch.long)
     blank = next((ids[0] for symbol in "_ " if len(ids := model.tokenizer.encode(symbol)) == 1), None)
