@@ -80,8 +80,8 @@ def test_interrupted_twice_and_run_again_is_the_same_report(home, results, monke
     again = ["compare", "--from", str(home / "first/results.json"), "--out", str(home / "second")]
 
     def stopping(act):
-        def steps(process, rows, learner, device):
-            for now in act(process, rows, learner, device):
+        def steps(process, *arguments):
+            for now in act(process, *arguments):
                 if now.step == 2 and process.__class__.__name__ == "Uniform":
                     os.kill(os.getpid(), signal.SIGINT)
                 yield now
