@@ -18,7 +18,8 @@ test: $(READY)  ## lint, types, tests and their coverage
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest --cov
 
-slow: $(READY)  ## the tests that take minutes each
+slow: $(READY)  ## the tests that take minutes each, and those of lm-evaluation-harness, which brings sixty packages
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[eval]'
 	$(VENV)/bin/python -m pytest -m slow
 
 bench: $(READY)  ## time training and sampling against plain re-statements of public repositories, and write docs/speed.md (a quarter of an hour)

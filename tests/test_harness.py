@@ -11,7 +11,7 @@ import torch
 
 from small_runs import small_run
 
-pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+pytest.importorskip("lm_eval", reason="the extra eval is not installed: `make slow` does it")
 
 import lm_eval
 from lm_eval.tasks import TaskManager
@@ -20,6 +20,8 @@ import textdiffusion as td
 from textdiffusion.families import family
 from textdiffusion.harness import Harness, continuation_nats
 from textdiffusion.worlds import random_table
+
+pytestmark = pytest.mark.slow  # not for what they take, but for the sixty packages that they need
 
 
 def world():
