@@ -244,6 +244,9 @@ def measure(row: Row, ready: Prepared, options: argparse.Namespace) -> dict[str,
     windows, stopped, losses = Windows(tokens["train"], window, 0), "", []
     try:
         for now in train(process, windows.rows, learner):
+            if math.isnan(now.loss):  # the step was skipped; here the first is what is looked for
+                stopped = f"no number, step {now.step}"
+                break
             losses.append(now.loss)
     except UserError:
         stopped = f"no number, step {learner.step + 1}"

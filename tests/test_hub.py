@@ -32,7 +32,7 @@ def drawn(path, family, **how):
             p.normal_(std=0.2)
     from textdiffusion.run import Run
 
-    Run.open(path).save_weights(model.process.network)
+    Run.open(path).save_weights(model.process.network.state_dict())
     return td.load(path, precision="fp32")
 
 

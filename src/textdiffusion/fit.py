@@ -157,8 +157,10 @@ def _begin(config: RunConfig, path: Path, resume: bool, device: str, group: Grou
         training = full.training
         if training.precision == "auto":
             training = dataclasses.replace(training, precision=fastest_precision(torch.device(device)))
+        network: Any = build(full).network
+        if full.init_from:
+            fill(network, full)  # and again when it is taught: what cannot be read must not leave a run behind
         if training.micro_batch is None:
-            network: Any = build(full).network
             symbols = int(full.network["window"]) * network.symbols_a_token
             size = micro_batch_for(symbols, full.vocabulary, network.config.width, device)
             training = dataclasses.replace(training, micro_batch=min(training.batch, size))
