@@ -150,13 +150,15 @@ def summarise(
         key = tuple(record[k] for k in ("run", "family", "length", "sampler", "grid", "calls"))
         groups.setdefault(key, []).append(record)
 
-    def cut(length: int, n: int, begin: int) -> list[str]:
-        step = (len(text) - length) // (n + 1)
-        return [text[begin + i * step : begin + i * step + length] for i in range(n)]
+    def cut(length: int, n: int, half: int) -> list[str]:
+        """Windows from all over the text; those of the other half share no character with them."""
+        step = len(text) // n
+        assert step // 2 >= length, "too short a text to be compared with itself"
+        return [text[i * step + half * (step // 2) :][:length] for i in range(n)]
 
     rows, likes = [], dict(old.get("likelihoods", {}))
     lengths = sorted({key[2] for key in groups})
-    real = {str(n): quality(cut(n, PART, 17), cut(n, PART, 0), words, judge) | {"texts": PART} for n in lengths}
+    real = {str(n): quality(cut(n, PART, 1), cut(n, PART, 0), words, judge) | {"texts": PART} for n in lengths}
     for key, records in groups.items():
         texts = [text for record in records for text in record["texts"]]
         row = dict(zip(("run", "family", "length", "sampler", "grid", "calls"), key))

@@ -271,22 +271,24 @@ def main(arguments: list[str] | None = None) -> None:
         counts = collections.Counter(re.findall(r"[a-z]+", " ".join(corpus.train)))
         common = [word for word, _ in counts.most_common(COMMONEST)]
         windows = gaps(corpus, judge, options)
+    size = {"texts": options.texts, "calls": options.calls, "length": options.length}
     every = [*options.runs, *([options.judge] if options.judge else [])]
     for path in every if "constraints" in options.only else []:
         model = td.load(path, "cpu", "fp32")
         for kind, (how, fits) in kinds(common).items():
-            key = {"part": "constraints", "run": Path(path).name, "family": model.config.family, "kind": kind}
+            key = {"part": "constraints", "run": Path(path).name, "family": model.config.family, "kind": kind} | size
             rows.row(key, constrained, model, judge, book, how, fits, options)
     for path in every if "gaps" in options.only else []:
         model = td.load(path, "cpu", "fp32")
         key = {"part": "gaps", "run": Path(path).name, "family": model.config.family}
+        key |= {"gap": options.gap, "gaps": options.gaps}
         if model.tokenizer.to_json() == judge.tokenizer.to_json():
             rows.row(key, filled, model, windows, options)
     for path in options.labelled if "guidance" in options.only else []:
         model = td.load(path, "cpu", "fp32")
         corpus, _, _ = prepare(model.config, model.tokenizer)
         classify = NaiveBayes(labelled_texts(corpus, "train"))
-        key = {"part": "guidance", "run": Path(path).name, "family": model.config.family}
+        key = {"part": "guidance", "run": Path(path).name, "family": model.config.family} | size
 
         rows.row(key | {"weight": "held-out text"}, of_held_out_text, classify, corpus)
         for weight in WEIGHTS:

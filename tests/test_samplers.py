@@ -129,7 +129,7 @@ def reveals(sampler: str, calls: int, size: int, log_p=None) -> list[list[int]]:
     process = Subject(Masked).silent(V)
     step, x, out = process.steps[sampler], torch.full((1, size), V), []
     for t, s in itertools.pairwise(process.plan(torch.ones(size, dtype=torch.bool), calls, sampler)):
-        state, s = State(x, torch.tensor([t]).double()), torch.tensor([s]).double()
+        state, s = State(x, torch.tensor([t], dtype=torch.float64)), torch.tensor([s], dtype=torch.float64)
         asked = step.ask(state, s, Noise.of(0, 1))
         law = torch.full((int(asked.sum()), V), 1 / V).double().log() if log_p is None else log_p[asked[0]]
         shown = step.law(state, asked, Prediction(law), s, lambda law: law).positions
@@ -138,7 +138,7 @@ def reveals(sampler: str, calls: int, size: int, log_p=None) -> list[list[int]]:
     return out
 
 
-def test_dilated_positions_are_as_far_apart_as_they_can_be():
+def test_dilated_positions_are_evenly_spaced_where_numbers_are_powers_of_two():
     assert reveals("dilated", 4, 8) == [[0, 4], [2, 6], [1, 5], [3, 7]]
     assert reveals("dilated", 2, 8) == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert sorted(itertools.chain(*reveals("dilated", 5, 11))) == list(range(11))

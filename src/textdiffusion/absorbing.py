@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from textdiffusion.errors import UserError
+from textdiffusion.grids import Grid
 from textdiffusion.noise import Noise
 from textdiffusion.process import Discrete, Network, Nll, Process, State
 from textdiffusion.schedules import SCHEDULES, Schedule, bell
@@ -140,7 +141,9 @@ class AnyOrder(Hiding):
         if pace == "left":
             return [1 - k / min(steps, length) for k in range(min(steps, length))] + [0.0]
         if pace == "times" and (self.grid.name != "optimal" or steps > length):
-            return self.grid.times(steps, self.schedule.time_of)
+            # The optimal grid says how many to reveal; of more calls than there are positions it says nothing.
+            grid = Grid() if self.grid.name == "optimal" else self.grid
+            return grid.times(steps, self.schedule.time_of)
         # What is best for exact numbers is also near it for numbers that are so on average.
         hidden = self.grid.hidden(length, len(free), length if pace == "each" else steps, self.schedule.rate_at)
         return [float(t) for t in self.schedule.inverse(torch.tensor(hidden, dtype=torch.float64) / length)]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 # Which of the processes that torchrun starts this is: the first speaks for all.
-_RANK = int(os.environ.get("RANK") or 0)
+_RANK = int(os.environ["RANK"]) if os.environ.get("RANK", "").isdecimal() else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _refuse(f"{error.filename or 'a file'}: {error.strerror or error}; give another path, or make room")
     except (MemoryError, RuntimeError) as error:
+        if "home directory" in str(error):
+            return _refuse("a path begins with ~ and the name of nobody on this machine; write it out")
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             if not lost(error):
                 raise
@@ -112,7 +114,15 @@ def _train(args: argparse.Namespace) -> int:
     again = args.out is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if args.resume or (again and (args.out / "config.json").exists()):
         return _resume(args)
+    if args.init_from and (Path(args.init_from) / "config.json").exists() and "--length" in args.given:
+        from textdiffusion.fetching import is_foreign
+
+        if not is_foreign(Path(args.init_from)):
+            raise UserError(f"{args.init_from} is a run, whose windows are kept; leave out --length")
     if is_prepared(args.data):
+        refused = [flag for flag in ("--tokenizer", "--text-field", "--label") if flag in args.given]
+        if refused:
+            raise UserError(f"{args.data} is prepared: {', '.join(refused)} belongs to `textdiffusion prepare`")
         open_mixture(args.data)
     else:
         check_source(args.data)
@@ -209,8 +219,9 @@ def _sample(args: argparse.Namespace) -> int:
         _only(args, kept, "--proofread mends the text that it is given")
     elif args.strength is not None and args.edit is None:
         raise UserError("--strength belongs to --edit and --proofread; give one of them, or leave it out")
-    if args.best is not None and (args.watch or args.reproducible or args.edit is not None):
-        raise UserError("--best chooses among texts once they are written; leave out --watch, --reproducible, --edit")
+    if args.best is not None and (args.watch or args.reproducible or args.save_replay or args.edit is not None):
+        others = "--watch, --save-replay, --reproducible, --edit"
+        raise UserError(f"--best chooses among texts once they are written; leave out {others}")
     path, config = _run(args)
     check_label(args.label, config.labels, args.guidance, args.ramp)
     from textdiffusion.distributed import joined
@@ -323,6 +334,10 @@ def _eval(args: argparse.Namespace) -> int:
     if args.keep_grid and args.data is not None:
         raise UserError("--keep-grid is measured on the run's own held-out text; leave out --data")
     path, _ = _run(args)
+    from textdiffusion.config import SHIPPED
+
+    if args.keep_grid and path == SHIPPED:
+        raise UserError("--keep-grid writes into a run, and this one belongs to the package; name one of your own")
     if args.data is not None:
         from textdiffusion.data import check_source
 

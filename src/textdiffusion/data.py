@@ -109,7 +109,10 @@ def _labelled(config: DataConfig, documents: list[str], labels: list[str], prove
     for label in sorted(set(labels)):
         own = [text for text, found in zip(documents, labels) if found == label]
         if has_documents:
-            parts = ([t for t in own if t not in held_out], [t for t in own if t in held_out])
+            # A label whose texts are all held out could be neither learnt nor measured: it keeps the first of them.
+            kept = {own[0]} if held_out.issuperset(own) else set()
+            held = held_out - kept
+            parts = ([t for t in own if t not in held], [t for t in own if t in held])
         else:
             parts = _split_by_position("\n\n".join(own), config.validation_share)
         for name, texts, part in zip(("train", "validation"), (corpus.train, corpus.validation), parts):

@@ -86,7 +86,8 @@ def estimate(config: RunConfig, device: str, processes: int = 1) -> dict[str, An
         if batch < processes:
             raise UserError(f"{processes} processes cannot share a batch of {batch}; raise --set training.batch")
         # Each sends and receives the gradients once (ring all-reduce); or the weights twice and the gradients once.
-        others, block = 4 * parameters * (processes - 1) / processes, max(map(count_parameters, network.parts))
+        others = 4 * parameters * (processes - 1) / processes
+        block = max(map(count_parameters, getattr(network, "parts", [network])))
         alone = {
             "processes": processes,
             "megabytes_of_state_each_ddp": round(5 * 4 * parameters / 1e6, 1),

@@ -23,7 +23,7 @@ def fetch(name: str | Path) -> Path:
     path = Path(name).expanduser()
     text = str(name).removeprefix("hf:")
     wanted = str(name).startswith("hf:") or (HUB_NAME.fullmatch(text) and not Path(text).parent.exists())
-    if path.exists() or not wanted or Path(text).parts[0] == RUNS.name:
+    if path.exists() or not wanted or Path(text).parts[:1] in ((), (RUNS.name,)):
         return path
     import huggingface_hub
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -108,7 +109,16 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> tuple[Corp
         corpora, _ = open_mixture(config.data.source)
         corpus = Corpus(config.data.source, [], [], provenance="; ".join(c.provenance for c in corpora))
         text = hashlib.sha256(" ".join(c.fingerprint for c in corpora).encode()).hexdigest()[:16]
-        tokenizer = corpora[0].tokenizer
+        own, tokenizer = tokenizer, corpora[0].tokenizer
+        if config.data.label is not None:
+            raise UserError("prepared corpora have no labels; leave out --label, or train on the text itself")
+        if config.init_from and config.text == "":
+            own = build_tokenizer(config.tokenizer, [])
+        if own is not None and own.to_json() != tokenizer.to_json():
+            raise UserError(
+                f"{config.data.source} was prepared with another tokenizer than the model's; prepare it with "
+                f"--tokenizer {config.tokenizer if config.init_from else 'hf:RUN'}"
+            )
         config = dataclasses.replace(config, tokenizer=tokenizer.kind)
     else:
         corpus = load_corpus(config.data)
@@ -211,7 +221,18 @@ def fit(
             except UserError as error:
                 failure = str(error)
         group.together(failure)
-        yield from _train(config, path, resume, device, parallel, group)
+        there = set(path.iterdir()) if path.is_dir() else set()
+        begun = False
+        try:
+            for event in _train(config, path, resume, device, parallel, group):
+                begun = True
+                yield event
+        except UserError:
+            # What is refused before it has begun must not leave a run behind that could be resumed.
+            if group.main and not resume and not begun:
+                for file in set(path.iterdir()) - there:
+                    file.unlink() if file.is_file() else shutil.rmtree(file)
+            raise
 
 
 def _train(
@@ -224,8 +245,9 @@ def _train(
     # 2. Network.
     process = build(config)
     network: Any = process.network
-    if config.init_from and not resume:
-        fill(network, config)
+    checkpoints = Checkpoints(path / "checkpoints", group)
+    if config.init_from and not (resume and checkpoints.whole()):
+        fill(network, config)  # also of a run that was killed before its first checkpoint
     parameters = count_parameters(network)
     shard = sharded(parallel, group, parameters)
     if not shard:
@@ -242,7 +264,6 @@ def _train(
             raise UserError("training.activation_checkpointing is for networks of this library; leave it out")
         network.recompute()
     numbers: dict[str, float] = {"best": math.inf, "best_step": 0, "smooth": 0.0}
-    checkpoints = Checkpoints(path / "checkpoints", group)
     wrong: list[str] = []
     if resume:
         # A run killed before its first checkpoint begins anew, with the same draws.

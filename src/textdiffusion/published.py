@@ -79,6 +79,13 @@ def read(source: Path, tokenizer: str | None = None) -> Published:
     """
     folder = source.parent if source.is_file() else source
     file = source if source.is_file() else _weights(source)
+    try:
+        return _read(folder, file, tokenizer)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{file} or its config is damaged, or of another model ({_line(error)}); {KNOWN}") from error
+
+
+def _read(folder: Path, file: Path, tokenizer: str | None) -> Published:
     tensors = _tensors(file)
     body = facts(folder) or _settings(folder)
     names = "transformer.wte.weight" in tensors, "vocab_embed.embedding" in tensors

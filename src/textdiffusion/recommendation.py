@@ -27,11 +27,9 @@ def recommend(family: str, calls_a_token: float, able: Sequence[str]) -> str:
     """The sampler for so many calls for each token that is to be written.
 
     Args:
-        able: the samplers that may be chosen, the family's default first; it is the answer where nothing was measured,
-            or what was found best is not among them.
+        able: the samplers that may be chosen, the family's default first; it is the answer where nothing was measured
+            within a factor of two of so many calls, or what was found best is not among them.
     """
-    rows = _table().get(family, [])
-    if not rows:
-        return able[0]
-    nearest = min(rows, key=lambda row: abs(math.log(row[0] / calls_a_token)))
-    return nearest[1] if nearest[1] in able else able[0]
+    found = [(abs(math.log2(at / calls_a_token)), sampler) for at, sampler in _table().get(family, [])]
+    away, nearest = min(found, default=(math.inf, ""))
+    return nearest if away < 1 and nearest in able else able[0]

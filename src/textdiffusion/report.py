@@ -39,16 +39,20 @@ class RunReport:
     calls: int  # network calls a sample
     seconds: float  # that writing all samples took
     grid: str = "time"  # of the figures at so many calls, and of the samples
+    sampler: str = ""  # of the samples
     kept: bool = False  # the optimal grid has been measured, and is now in the run
 
     def as_dict(self) -> dict[str, Any]:
         body = {"run": self.run, "text": self.text} | self.likelihood.as_dict() | {"unseen": self.unseen}
-        body |= {"grid": self.grid}
+        body |= {"grid": self.grid, "pieces": self.pieces}
         if self.unlabelled is not None:
             body |= {"unlabelled": vars(self.unlabelled)}
         if self.samples is None:
             return body | {"samples": None}
-        return body | {"samples": asdict(self.samples) | {"calls": self.calls, "seconds": round(self.seconds, 2)}}
+        return body | {
+            "samples": asdict(self.samples)
+            | {"sampler": self.sampler, "calls": self.calls, "seconds": round(self.seconds, 2)}
+        }
 
     def lines(self) -> list[str]:
         """For people."""
@@ -74,12 +78,13 @@ class RunReport:
             )
         elif self.unseen:
             out.append(f"  {self.unseen:,} symbols that training never saw are charged 20 bits each, to be spelled out")
-        if self.pieces and head.kind == "exact":
+        if self.pieces and any(figure.kind == "exact" for figure in (head, *like.by_calls)):
             out.append("  exact for these tokens; for the text, which can be cut in other ways, an upper bound")
         s = self.samples
         if s is not None:
             out += [
-                f"samples         {s.words:,} words, {self.calls} calls a text; written in {self.seconds:.1f} s",
+                f"samples         {s.words:,} words, {self.calls} calls a text (sampler: {self.sampler}); written in "
+                f"{self.seconds:.1f} s",
                 f"  {s.valid_words:.1%} of the words occur in the training text",
                 f"  entropy {s.entropy:.2f} bits a word; distinct "
                 + ", ".join(f"{n}-grams {v:.2f}" for n, v in s.distinct.items())
@@ -130,7 +135,9 @@ def report(
         assert own is not None
         if split == "test":
             raise UserError("prepared corpora have no test part; leave out --split test")
-        return _of_prepared(model, calls, sampler, tokens, draws, seed)
+        if keep is not None:
+            raise UserError("--keep-grid is not measured on prepared corpora; train on them leaves a grid by itself")
+        return _of_prepared(model, calls, sampler, tokens, draws, seed, grid)
     if data is not None:
         corpus = whole_text(replace(model.config.data, source=data))
         split, name = "validation", corpus.name
@@ -172,28 +179,36 @@ def report(
     unseen = 0 if unknown is None else int(sum((w == unknown).sum() for w in windows))
     if lossy(model.tokenizer, corpus):
         likelihood = without_kind(likelihood)
-    statistics, made, spent, begin = None, 0, 0.0, time.perf_counter()
+    statistics, made, spent, writer, begin = None, 0, 0.0, "", time.perf_counter()
     if samples and own is not None:
-        texts, counted = model.sample_counted(samples, seed=seed, grid=grid, **how)
+        size = how.get("length") or model.window
+        writer = sampler or model.recommended(how.get("calls") or size, size)
+        texts, counted = model.sample_counted(samples, seed=seed, grid=grid, sampler=writer, **how)
         made = max(counted)
         spent = time.perf_counter() - begin
         statistics = text_statistics(texts, word_set(own), own.train)
     pieces = model.tokenizer.kind not in ("char", "byte")
     return RunReport(
         model.config.family, name, likelihood, unlabelled, unseen, pieces, statistics, made, spent,
-        model.grid(grid).name, bool(measured),
+        model.grid(grid).name, writer, bool(measured),
     )  # fmt: skip
 
 
 def _of_prepared(
-    model: Model, calls: Sequence[int], sampler: str | None, tokens: int | None, draws: int | None, seed: int
+    model: Model,
+    calls: Sequence[int],
+    sampler: str | None,
+    tokens: int | None,
+    draws: int | None,
+    seed: int,
+    grid: str | None,
 ) -> RunReport:
     """The likelihood of the held-out part of prepared corpora."""
     source = model.config.data.source
     windows = training_text(source, model.window, 0, tokens).held_out
     likelihood = evaluate(
-        model.process, windows, model.tokenizer.characters, model.tokenizer.spelling, calls=calls, sampler=sampler,
-        draws=draws or 2, seed=seed, device=model.device, group=model.group,
+        model.process.on(model.grid(grid)), windows, model.tokenizer.characters, model.tokenizer.spelling, calls=calls,
+        sampler=sampler, draws=draws or 2, seed=seed, device=model.device, group=model.group,
     )  # fmt: skip
     if model.tokenizer.kind.startswith("hf:"):
         likelihood = without_kind(likelihood)  # whether it kept all of the text is no longer known
@@ -201,8 +216,9 @@ def _of_prepared(
     unknown = model.tokenizer.unknown
     unseen = 0 if unknown is None else int(sum((w == unknown).sum() for w in windows))
     return RunReport(
-        model.config.family, f"validation part of {source}", likelihood, None, unseen, pieces, None, 0, 0.0
-    )
+        model.config.family, f"validation part of {source}", likelihood, None, unseen, pieces, None, 0, 0.0,
+        model.grid(grid).name,
+    )  # fmt: skip
 
 
 def lossy(tokenizer: Tokenizer, corpus: Corpus) -> bool:

@@ -176,8 +176,8 @@ class Run:
         if not file.exists():
             return
         kept = []
-        for line in file.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError, AttributeError):  # the last line may be torn
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError, AttributeError, TypeError):  # the last line may be torn
                 if json.loads(line).get("step", 0) <= step:
                     kept.append(line + "\n")
         write(file, "".join(kept))

@@ -94,7 +94,7 @@ def check_parallel(parallel: str) -> None:
     Raises:
         UserError: saying how they are started.
     """
-    if parallel != "auto" and int(os.environ.get("WORLD_SIZE") or 1) < 2:
+    if parallel != "auto" and os.environ.get("WORLD_SIZE", "1") in ("", "0", "1"):
         raise UserError(
             f"--parallel {parallel} needs several processes; start them with: "
             f"torchrun --nproc_per_node=2 -m textdiffusion train --parallel {parallel} ..."

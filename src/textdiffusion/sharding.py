@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, TypeVar, cast, final
+from typing import Any, Literal, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
 from textdiffusion.distributed import Group
-from textdiffusion.networks.network import TextNetwork
 
 Parallel = Literal["auto", "ddp", "fsdp"]
 T = TypeVar("T")
@@ -53,7 +52,7 @@ class Spread:
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh(group.device, (group.size,))
-            for part in cast(TextNetwork, network).parts:
+            for part in getattr(network, "parts", ()):  # networks made elsewhere are one shard
                 fully_shard(part, mesh=mesh)
             # Also the outermost gives its weights back after its forward: an average changes between two calls.
             self.outer = fully_shard(self.inner, mesh=mesh, reshard_after_forward=not learns)

@@ -134,7 +134,10 @@ def leave_plot(run: Path, save: Callable[[ModuleType], Path | None], quiet: bool
     elif run == SHIPPED or not os.access(run, os.W_OK):
         return
     else:
-        file = save(plots)
-        said = None if file is None else f"plot: {file}"
+        try:
+            file = save(plots)
+            said = None if file is None else f"plot: {file}"
+        except OSError as error:  # what was trained or measured is there all the same
+            said = f"no plot: {error.filename or run}: {error.strerror or error}"
     if said is not None and not quiet:
         print(said, file=sys.stderr)

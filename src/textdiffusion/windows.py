@@ -28,7 +28,7 @@ class Windows:
 
     def __init__(self, runs: TokenRuns, length: int, seed: int) -> None:
         sizes = np.diff(runs.runs)
-        total, longest = sizes.sum(), max(sizes.max(), 1)
+        total, longest = sizes.sum(), max(sizes.max(initial=0), 1)
         if longest < length or total < 2 * length:
             characters = runs.characters or total
             needed = int(max(2 * length, total * length / longest) * max(characters, 1) / max(total, 1)) + 1

@@ -78,7 +78,12 @@ def _errors(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> fl
     pair = (before.get("standard_error"), after.get("standard_error"))
     if key not in MAIN or not all(_is_figure(e) for e in pair):
         return None
-    error = (pair[0] ** 2 + pair[1] ** 2) ** 0.5  # type: ignore[operator]
+    one, two = before.get("influence"), after.get("influence")
+    if key == "bits_per_char" and one and two and len(one) == len(two):
+        # On the same windows: what they have in common is no part of the difference.
+        error = sum((x - y) ** 2 for x, y in zip(one, two, strict=True)) ** 0.5
+    else:
+        error = (pair[0] ** 2 + pair[1] ** 2) ** 0.5  # type: ignore[operator]
     return abs(after[key] - before[key]) / error if error else None
 
 

@@ -58,11 +58,15 @@ class Denoising(Step):
         now, then = (self.process.log_snr(t)[row].unsqueeze(-1) for t in (state.t, to))
         x_0 = guess.mean(log_p, self.process.codes()).double()
         earlier = state.memory.mean if self.second_order and state.memory is not None else None
-        # What was said before is as it was said: beside a reshaped law it would be another's. (Compared by the same way
-        # to a law: rounding must not tell the two apart.)
-        if earlier is not None and torch.equal(log_p, guess.posterior(lambda context: context)):
+        if earlier is not None:
+            # What was said before is as it was said: beside a reshaped law it would be another's, so such a step is of
+            # the first order. (Compared by the same way to a law, since rounding must not tell the two apart; and text
+            # by text, since what one becomes must not depend on those beside it.)
+            other = (log_p != guess.posterior(lambda context: context)).any(-1)
+            plain = torch.ones(len(state.x), dtype=torch.bool, device=other.device).index_fill(0, row[other], False)
             before = self.process.log_snr(state.memory.t)[row].unsqueeze(-1)
             ahead = (0.5 * (then - now) / (now - before)).clamp(max=1.0)  # 1 / 2r, but no wild guess from a short step
+            ahead = torch.where(plain[row].unsqueeze(-1), ahead, torch.zeros_like(ahead))
             x_0 = (1 + ahead) * x_0 - ahead * earlier[asked]
         mean, deviation = self.move(state.x[asked].double(), x_0, now, then)
         return Normal(asked, mean, deviation)

@@ -195,9 +195,10 @@ class FirstHitting(RandomOrder):
 
 @final
 class Dilated(_Counted):
-    """Reveals evenly spaced positions: in each call those that are furthest from each other and from what is written,
-    for the order is that of the positions' binary digits read backwards, 0, 1/2, 1/4, 3/4, 1/8 ... of the text. What is
-    drawn in the same call knows nothing of one another, and neighbours would have most to know (2506.19037)."""
+    """Reveals evenly spaced positions, in the order of their binary digits read backwards: 0, 1/2, 1/4, 3/4, 1/8 ... of
+    a text whose length is a power of two. What is drawn in the same call knows nothing of one another, and neighbours
+    would have most to know (2506.19037). Where lengths and numbers are no powers of two, and in gaps, a call may still
+    draw two neighbours."""
 
     note = "evenly spaced positions, first coarsely, then between them; best at few calls"
     deterministic = True
