@@ -24,9 +24,9 @@ def rank(
 
     Where some of their tokens are the same ones, given, this is their order by the rest given those: p(rest | given) is
     p(text) up to a factor that is the same for all. Where only a bound is known, it is the order of the bounds, which
-    may lie further from one text's likelihood than from another's. Every text is read under the same noise, ``draws`` times
-    where its likelihood is bounded by draws, so that what differs is the texts; texts that are nearly as likely can
-    still change places. Texts longer than ``window`` are read window by window.
+    may lie further from one text's likelihood than from another's. Every text is read under the same noise, ``draws``
+    times where its likelihood is bounded by draws, so that what differs is the texts; texts that are nearly as likely
+    can still change places. Texts longer than ``window`` are read window by window.
     """
     figures, costs = [], dict[int, float]()
     for number, row in enumerate(texts):
