@@ -47,9 +47,9 @@ and `cosine` are known from elsewhere. `optimal` follows from what a token costs
 at the end of training and kept in the run (`textdiffusion eval RUN --keep-grid` measures it again): the numbers of
 positions to reveal for which the expected divergence from one position a call, sum_k m_k curve(n_k) - sum_n curve(n),
 is least (2510.25544), by dynamic programming; for the other families, equal parts of the entropy. It is the default
-where a run holds it. It is fitted, as the weights that are kept are chosen, on the first 8,192 held-out tokens, with
-noise of its own: a bound on that grid is a bound, but on those windows a slightly flattered one (`--split test` has text
-that nothing was chosen on, where a run's data has such a part).
+where a run holds it. It is fitted, as the weights that are kept are chosen, on 8,192 held-out tokens, with noise
+of its own: a bound on that grid is a bound, but on those windows a slightly flattered one (`--split test` has text that
+nothing was chosen on, where a run's data has such a part).
 """
 
 
@@ -89,8 +89,8 @@ def write_up(found: dict[str, Any]) -> str:
         "much held-out text; seconds are of the processor, a text, on one busy core. `auto` is the sampler of lowest "
         f"judged bits/char among those whose entropy is at least {MATCHED:.0%} of that of held-out text (all, if none "
         "is), at temperature 1: **bold** where it is two standard errors ahead of all others, *slanted* where it is "
-        "level with some, which would have done as well. It was chosen and is shown on the same texts of one run a family, so "
-        "it is flattered; further than a factor of two from what was measured, `auto` is the family's first sampler. "
+        "level with some, which would have done as well. It was chosen and is shown on the same texts of one run a "
+        "family, so it is flattered; further than a factor of two from what was measured, `auto` is the family's first sampler. "
         "So few texts have a divergence of their own, as that of held-out text from other held-out text shows. "
         "`python benchmarks/samplers.py RUN ... --judge RUN` measures this, and goes "
         "on where it was stopped; what is not in a table has not been measured, and a dash "
