@@ -90,7 +90,7 @@ def write_up(found: dict[str, Any]) -> str:
         f"judged bits/char among those whose entropy is at least {MATCHED:.0%} of that of held-out text (all, if none "
         "is), at temperature 1: **bold** where it is two standard errors ahead of all others, *slanted* where it is "
         "level with some, which would have done as well. It was chosen and is shown on the same texts of one run a "
-        "family, so it is flattered; further than a factor of two from what was measured, `auto` is the family's first sampler. "
+        "family, so it is flattered; further than a factor of two from what was measured, `auto` is its first. "
         "So few texts have a divergence of their own, as that of held-out text from other held-out text shows. "
         "`python benchmarks/samplers.py RUN ... --judge RUN` measures this, and goes "
         "on where it was stopped; what is not in a table has not been measured, and a dash "

@@ -400,3 +400,31 @@ def test_a_hundred_kills_lose_nothing(tmp_path):
     assert (whole / "model.safetensors").read_bytes() == (part / "model.safetensors").read_bytes()
     assert not list(part.rglob(".*")) and not list(part.rglob("damaged-*"))
     shutil.rmtree(whole)
+
+
+def test_what_is_refused_leaves_no_run_behind(tmp_path, monkeypatch):
+    """A run begun with weights that do not fit could be resumed, from none at all."""
+    monkeypatch.chdir(tmp_path)
+    Path("my.txt").write_text("It was a bright cold day in April. " * 100, encoding="utf-8")
+    begin = ["train", "--data", "my.txt", "--length", "24", "--depth", "1", "--steps", "2", "--device", "cpu"]
+    assert main([*begin, "--out", "one"]) == 0
+    Path("kept.txt").write_text("mine", encoding="utf-8")
+    wrong = ["train", "--data", "my.txt", "--init-from", "one", "--out", "two", "--steps", "2", "--device", "cpu"]
+    assert main([*wrong, "--set", "network.width=32", "--set", "network.heads=2"]) == 2
+    assert not Path("two/config.json").exists() and Path("kept.txt").exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_with_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my.txt").write_text("It was a bright cold day in April. " * 100, encoding="utf-8")
+    assert main(["train", "--data", "my.txt", "--length", "24", "--depth", "1", "--steps", "30", "--out", "one"]) == 0
+    config = configure(data="my.txt", init_from="one", steps=3, settings=["training.precision=fp32"])
+    first = [event for event in fit(config, Path("whole")) if isinstance(event, Stepped)]
+    events = fit(config, Path("killed"))
+    for event in events:
+        if isinstance(event, Stepped):
+            break
+    events.close()  # as a kill would: nothing is saved
+    shutil.rmtree("killed/checkpoints", ignore_errors=True)
+    again = [e for e in fit(Run.open(Path("killed")).config, Path("killed"), resume=True) if isinstance(e, Stepped)]
+    assert [e.objective for e in again] == [e.objective for e in first]

@@ -240,9 +240,12 @@ def test_auto_is_what_was_measured_nearest(monkeypatch):
     rows = {"masked": [(0.25, "entropy"), (1.0, "random")]}
     monkeypatch.setattr(recommendation, "_table", lambda: rows)
     able = ("random", "entropy", "margin")
-    assert recommend("masked", 0.1, able) == "entropy" and recommend("masked", 0.3, able) == "entropy"
-    assert recommend("masked", 0.9, able) == "random" and recommend("masked", 20.0, able) == "random"
-    assert recommend("masked", 0.1, ("random", "margin")) == "random"  # what cannot be chosen is not
+    assert recommend("masked", 0.2, able) == "entropy" and recommend("masked", 0.3, able) == "entropy"
+    assert recommend("masked", 0.9, able) == "random" and recommend("masked", 0.2, ("random", "margin")) == "random"
+    # Far from what was measured nothing is known.
+    assert (
+        recommend("masked", 0.1, ("margin", "entropy")) == recommend("masked", 20.0, ("margin", "random")) == "margin"
+    )
     assert recommend("uniform", 0.5, ("bridge", "psi")) == "bridge"
 
 
