@@ -84,7 +84,7 @@ def write_up(found: dict[str, Any]) -> str:
     """The page."""
     best, parts = recommended(found), [HEAD, "## Measured\n"]
     parts.append(
-        f"Text: {found['text']}. The judge is a {found['judge']} run of the same text, in bits/char; words are those "
+        f"Text: {found['text']}. The judge is an {found['judge']} run of the same text, in bits/char; words are those "
         "of the book; entropy and divergence (Jensen-Shannon) are of the trigrams of characters, in bits, beside as "
         "much held-out text; seconds are of the processor, a text, on one busy core. `auto` is the sampler of lowest "
         f"judged bits/char among those whose entropy is at least {MATCHED:.0%} of that of held-out text (all, if none "
