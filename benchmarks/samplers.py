@@ -172,7 +172,8 @@ def summarise(
             )
             wanted = {(r["sampler"], r["grid"], r["calls"]) for r in rows if r["run"] == run}
             likes[run] = likelihoods(model, windows, wanted)
-    return {"text": Path(corpus.name).name, "judge": judge.config.family, "held_out": real, "rows": rows, "likelihoods": likes}
+    name = Path(corpus.name).name
+    return {"text": name, "judge": judge.config.family, "held_out": real, "rows": rows, "likelihoods": likes}
 
 
 def main() -> None:
