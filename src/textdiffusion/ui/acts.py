@@ -38,6 +38,12 @@ class Wish:
     stop: bool = False
     regex: str = ""
 
+    def sampler_of(self, run: Loaded) -> str:
+        """What "auto" comes to: the sampler that was measured to write best in so many calls."""
+        template = run.template(self.text, self.length)
+        free = self.length if template is None else int((~template.given).sum())
+        return run.model.recommended(calls_of(self.calls) or max(free, 1), free, held=bool(self.regex))
+
     def check(self, run: Loaded) -> None:
         """Refuse what would take the machine down; all else is for the library to refuse.
 
@@ -100,7 +106,7 @@ def compare(columns: Sequence[tuple[Loaded, str]], wish: Wish, stop: threading.E
     panels, streams = [], []
     for run, sampler in columns:
         wish.check(run)
-        sampler = run.samplers[0] if sampler == "auto" else sampler
+        sampler = wish.sampler_of(run) if sampler == "auto" else sampler
         panels.append(Panel(f"{run.name} · {sampler}"))
         streams.append(run.model.stream(**wish.how(run) | {"sampler": sampler}))
     if len({panel.title for panel in panels}) < len(panels):
@@ -158,7 +164,7 @@ def rewrite(run: Loaded, parts: Sequence[tuple[str, bool]], wish: Wish, stop: th
     template = "".join("_" * len(tokens.encode(p)) if chosen else p.replace("_", "\\_") for p, chosen in parts)
     wish = Wish(**asdict(wish) | {"text": template, "stop": False})
     wish.check(run)
-    sampler = run.samplers[0] if wish.sampler == "auto" else wish.sampler
+    sampler = wish.sampler_of(run) if wish.sampler == "auto" else wish.sampler
     panel = Panel(f"{run.name} · {sampler}")
     old = [piece for piece, chosen in parts if chosen]
 

@@ -35,7 +35,7 @@ class Loaded:
 
     @property
     def samplers(self) -> list[str]:
-        """Names, the family's recommended one first."""
+        """Names, the family's default first."""
         return list(self.model.process.steps)
 
     @property

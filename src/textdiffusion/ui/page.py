@@ -316,7 +316,8 @@ def _canvas(first: str, name: str) -> gr.HTML:
 
 def _samplers(run: Loaded) -> dict[str, Any]:
     notes = [(f"{name}: {step.note}", name) for name, step in run.model.process.steps.items()]
-    return {"choices": notes, "value": run.samplers[0], "label": "Sampler", "interactive": len(notes) > 1}
+    best = ("auto: what was measured to write best in so many calls", "auto")
+    return {"choices": [best, *notes], "value": "auto", "label": "Sampler", "interactive": len(notes) > 1}
 
 
 def _calls(run: Loaded) -> dict[str, Any]:
