@@ -52,8 +52,8 @@ from subjects import (
     process_of,
 )
 from textdiffusion.doctor import machine
-from textdiffusion.noise import Noise
-from textdiffusion.training import tune_allocator
+from textdiffusion.machine import tune_allocator
+from textdiffusion.mathematics.noise import Noise
 
 HERE = Path(__file__).parent
 

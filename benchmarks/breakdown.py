@@ -14,8 +14,8 @@ import torch
 
 from subjects import Plan, Size, draw_all, learner_of, micro, process_of
 from textdiffusion.families import names
-from textdiffusion.noise import Noise
-from textdiffusion.windows import TokenRuns, Windows
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.text.windows import TokenRuns, Windows
 
 KINDS = (
     ("matrix products", ("mm", "linear", "matmul")),

@@ -16,13 +16,13 @@ import time
 import numpy as np
 import torch
 
-from textdiffusion.automaton import Automaton, ByteAutomaton
-from textdiffusion.constraints import Hold
 from textdiffusion.families.masked import Masked, MaskedConfig
+from textdiffusion.mathematics.automaton import Automaton, ByteAutomaton
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
-from textdiffusion.noise import Noise
-from textdiffusion.patterns import expression, made_of
-from textdiffusion.sampling import sample
+from textdiffusion.sampling.constraints import Hold
+from textdiffusion.sampling.reverse import sample
+from textdiffusion.text.patterns import expression, made_of
 
 TOKENS = 106
 COMMON = """

@@ -96,7 +96,7 @@ def allocator(tuned: bool) -> float:
     """Median milliseconds of a training-sized elementwise operation in a fresh process."""
     code = (
         "import statistics, time, torch\n"
-        + ("from textdiffusion.training import tune_allocator; tune_allocator()\n" if tuned else "")
+        + ("from textdiffusion.machine import tune_allocator; tune_allocator()\n" if tuned else "")
         + "x, out = torch.randn(8192, 1024), []\n"
         "for _ in range(23):\n"
         "    begin = time.perf_counter(); y = torch.nn.functional.gelu(x)\n"

@@ -22,11 +22,12 @@ from pathlib import Path
 import torch
 
 from textdiffusion.config import RunConfig
-from textdiffusion.noise import Noise
+from textdiffusion.machine import micro_batch_for
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.run import build
-from textdiffusion.sampling import sample
+from textdiffusion.sampling.reverse import sample
 from textdiffusion.settings import TrainingConfig
-from textdiffusion.training import Learner, micro_batch_for
+from textdiffusion.training.learning import Learner
 
 VOCABULARY, LENGTH, CALLS = 50257, 256, 2
 # Megabytes (training step, sampling one text): above what was measured when they were set by a tenth to a fifth in

@@ -27,12 +27,12 @@ import torch
 from samplers_page import write_page
 
 import textdiffusion as td
-from textdiffusion.data import tokenize, word_set
 from textdiffusion.errors import UserError
-from textdiffusion.evaluation import evaluate, whole_words
-from textdiffusion.fit import prepare
-from textdiffusion.grids import GRIDS
-from textdiffusion.windows import evaluation_windows
+from textdiffusion.evaluation.measures import evaluate, whole_words
+from textdiffusion.mathematics.grids import GRIDS
+from textdiffusion.text.data import tokenize, word_set
+from textdiffusion.text.windows import evaluation_windows
+from textdiffusion.training.fit import prepare
 
 HERE = Path(__file__).parent
 PART = 32  # texts

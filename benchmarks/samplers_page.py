@@ -163,6 +163,6 @@ def write_page(summary: Path, root: Path) -> None:
         "criterion": "lowest judged bits/char at matched entropy; docs/samplers.md",
         "recommended": recommended(found),
     }
-    table = root / "src" / "textdiffusion" / "recommended.json"
+    table = root / "src" / "textdiffusion" / "sampling" / "recommended.json"
     table.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     plot(found, root / "docs" / "samplers.svg")

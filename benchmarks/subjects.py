@@ -12,11 +12,12 @@ import torch
 from plain import PlainTransformer
 
 from textdiffusion.config import RunConfig
-from textdiffusion.noise import Noise
+from textdiffusion.machine import micro_batch_for
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.run import build
-from textdiffusion.sampling import sample
+from textdiffusion.sampling.reverse import sample
 from textdiffusion.settings import TrainingConfig
-from textdiffusion.training import Learner, micro_batch_for
+from textdiffusion.training.learning import Learner
 
 Size = dict[str, int]
 

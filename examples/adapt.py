@@ -22,13 +22,13 @@ import numpy as np
 import torch
 
 import textdiffusion as td
-from textdiffusion.adaptation import fill
-from textdiffusion.data import tokenize
-from textdiffusion.fit import prepare
 from textdiffusion.presets import configure
 from textdiffusion.process import Process, State
 from textdiffusion.run import build
-from textdiffusion.windows import evaluation_windows
+from textdiffusion.text.data import tokenize
+from textdiffusion.text.windows import evaluation_windows
+from textdiffusion.training.adaptation import fill
+from textdiffusion.training.fit import prepare
 
 
 @torch.inference_mode()

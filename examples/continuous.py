@@ -23,14 +23,14 @@ import numpy as np
 import torch
 
 import textdiffusion as td
-from textdiffusion.data import load_corpus, tokenize, word_set
-from textdiffusion.evaluation import text_statistics
+from textdiffusion.evaluation.measures import text_statistics
 from textdiffusion.families.analog_bits import AnalogBits, AnalogBitsConfig
-from textdiffusion.noise import Noise
-from textdiffusion.sampling import sample
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.worlds import Table
+from textdiffusion.sampling.reverse import sample
+from textdiffusion.text.data import load_corpus, tokenize, word_set
+from textdiffusion.text.windows import evaluation_windows
 from textdiffusion.verification import Subject
-from textdiffusion.windows import evaluation_windows
-from textdiffusion.worlds import Table
 
 EMBEDDING, BITS = "gaussian_embedding", "analog_bits"
 # (group, name, family, settings)

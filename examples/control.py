@@ -33,12 +33,12 @@ import numpy as np
 import torch
 
 import textdiffusion as td
-from textdiffusion.data import Corpus, tokenize, word_set
-from textdiffusion.evaluation import BITS, text_statistics
-from textdiffusion.fit import prepare
-from textdiffusion.noise import Noise
+from textdiffusion.evaluation.measures import BITS, text_statistics
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.process import HasCurve, Process, State
-from textdiffusion.windows import evaluation_windows
+from textdiffusion.text.data import Corpus, tokenize, word_set
+from textdiffusion.text.windows import evaluation_windows
+from textdiffusion.training.fit import prepare
 
 PARTS = ("constraints", "gaps", "guidance")
 WEIGHTS = (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0)

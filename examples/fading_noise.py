@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from textdiffusion.absorbing import Hiding, hidden_evidence
+from textdiffusion.diffusion.absorbing import Hiding, hidden_evidence
 from textdiffusion.errors import UserError
 from textdiffusion.process import Categorical, Nll, Prediction, State, Step, as_network
 

@@ -15,13 +15,13 @@ import re
 import numpy as np
 import torch
 
-from textdiffusion.automaton import Automaton
-from textdiffusion.constraints import Hold
 from textdiffusion.families.masked import Masked, MaskedConfig
-from textdiffusion.noise import Noise
-from textdiffusion.patterns import expression
-from textdiffusion.sampling import sample
-from textdiffusion.worlds import random_table
+from textdiffusion.mathematics.automaton import Automaton
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.worlds import random_table
+from textdiffusion.sampling.constraints import Hold
+from textdiffusion.sampling.reverse import sample
+from textdiffusion.text.patterns import expression
 
 LETTERS, PATTERN = "ab", "ab.|b.a|aaa"
 WORLD = random_table(len(LETTERS), 3, seed=1)

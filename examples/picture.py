@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 import textdiffusion as td
-from textdiffusion.watching import painted
+from textdiffusion.display.watching import painted
 
 model = td.load(sys.argv[1])
 frames = list(model.stream(1, calls=16, seed=int(sys.argv[3]) if len(sys.argv) > 3 else 0))

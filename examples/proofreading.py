@@ -11,9 +11,9 @@ import sys
 import numpy as np
 
 import textdiffusion as td
-from textdiffusion.data import tokenize
-from textdiffusion.fit import prepare
-from textdiffusion.windows import evaluation_windows
+from textdiffusion.text.data import tokenize
+from textdiffusion.text.windows import evaluation_windows
+from textdiffusion.training.fit import prepare
 
 
 def measure(model: td.Model, share: float, windows: int = 64, seed: int = 0) -> dict[str, float]:

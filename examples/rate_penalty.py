@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 import textdiffusion as td
-from textdiffusion.data import tokenize
 from textdiffusion.errors import UserError
-from textdiffusion.fit import prepare
-from textdiffusion.noise import Noise
-from textdiffusion.windows import evaluation_windows
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.text.data import tokenize
+from textdiffusion.text.windows import evaluation_windows
+from textdiffusion.training.fit import prepare
 
 
 @torch.inference_mode()

@@ -26,15 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from textdiffusion.data import tokenize
 from textdiffusion.errors import UserError
-from textdiffusion.fit import prepare
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.presets import configure
 from textdiffusion.run import build
-from textdiffusion.sampling import sample
-from textdiffusion.training import Learner, TrainingConfig
-from textdiffusion.windows import Windows, evaluation_windows
+from textdiffusion.sampling.reverse import sample
+from textdiffusion.text.data import tokenize
+from textdiffusion.text.windows import Windows, evaluation_windows
+from textdiffusion.training.fit import prepare
+from textdiffusion.training.learning import Learner, TrainingConfig
 
 LENGTH, K, WIDTH, DEPTH, HEADS, BATCH = 16, 4, 64, 2, 2, 32
 

@@ -30,22 +30,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textdiffusion.coded import Guess
 from textdiffusion.config import RunConfig, override
-from textdiffusion.data import Corpus, tokenize, word_set
+from textdiffusion.diffusion.coded import Guess
+from textdiffusion.diffusion.denoising import Denoising
 from textdiffusion.errors import UserError
-from textdiffusion.evaluation import evaluate, text_statistics
+from textdiffusion.evaluation.measures import evaluate, text_statistics
 from textdiffusion.families.gaussian_embedding import SHARPNESS, GaussianEmbedding
-from textdiffusion.fit import prepare
-from textdiffusion.gaussian import HIGHEST, LogSnr, alpha_sigma, table, to_x_0
-from textdiffusion.noise import Noise
+from textdiffusion.machine import fastest_precision, micro_batch_for, tune_allocator
+from textdiffusion.mathematics.gaussian import HIGHEST, LogSnr, alpha_sigma, table, to_x_0
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.presets import configure
 from textdiffusion.run import build
-from textdiffusion.sampling import Counted, sample
-from textdiffusion.steps.denoising import Denoising
-from textdiffusion.tokenizer import Tokenizer
-from textdiffusion.training import Learner, fastest_precision, micro_batch_for, train, tune_allocator
-from textdiffusion.windows import Windows, evaluation_windows
+from textdiffusion.sampling.reverse import Counted, sample
+from textdiffusion.text.data import Corpus, tokenize, word_set
+from textdiffusion.text.tokenizer import Tokenizer
+from textdiffusion.text.windows import Windows, evaluation_windows
+from textdiffusion.training.fit import prepare
+from textdiffusion.training.learning import Learner, train
 
 DEPTH, LEVELS, CALLS = 4, 1000, 100
 SETTINGS = [

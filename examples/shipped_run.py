@@ -24,7 +24,7 @@ from textdiffusion.config import RUNS
 from textdiffusion.files import write
 from textdiffusion.presets import configure
 from textdiffusion.report import report
-from textdiffusion.terminal import follow
+from textdiffusion.training.terminal import follow
 
 MOST_BYTES = 1_400_000  # what an installation should not notice
 KEPT = ("config.json", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from textdiffusion.worlds import Table, random_table
+from textdiffusion.mathematics.worlds import Table, random_table
 
 
 class Labels:

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import textdiffusion as td
-from textdiffusion.card import write_card
-from textdiffusion.data import Corpus
 from textdiffusion.presets import configure
 from textdiffusion.run import Run, build
-from textdiffusion.tokenizer import build as build_tokenizer
+from textdiffusion.text.data import Corpus
+from textdiffusion.text.tokenizer import build as build_tokenizer
+from textdiffusion.training.card import write_card
 from textdiffusion.ui.loaded import Loaded
 
 TEXT = "It was a bright cold day in April, and the clocks were striking 13; The_\\ first of xyz!\n"

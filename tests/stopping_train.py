@@ -11,8 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
-from textdiffusion import fit
-from textdiffusion.cli import main
+from textdiffusion.commands.cli import main
+from textdiffusion.training import fit
 
 learn = fit.Learner.learn
 rank = os.environ.get("RANK", "0")

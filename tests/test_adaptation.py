@@ -11,17 +11,17 @@ pytest.importorskip("transformers", reason="the extra hf is not installed")
 
 import textdiffusion as td
 from foreign_models import TEXT, bert, causal
-from textdiffusion.adaptation import begin_from
-from textdiffusion.adaptation import fill as begin
-from textdiffusion.cli import main
+from textdiffusion.commands.cli import main
 from textdiffusion.families.masked import Masked, MaskedConfig
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.pretrained import Logits
-from textdiffusion.noise import Noise
 from textdiffusion.presets import configure
 from textdiffusion.process import State
 from textdiffusion.run import build
-from textdiffusion.sampling import sample
-from textdiffusion.tokenizer import Tokenizer
+from textdiffusion.sampling.reverse import sample
+from textdiffusion.text.tokenizer import Tokenizer
+from textdiffusion.training.adaptation import begin_from
+from textdiffusion.training.adaptation import fill as begin
 
 CAUSAL = ("gpt2", "llama", "qwen2", "gpt_neox")
 

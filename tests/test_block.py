@@ -6,10 +6,10 @@ import torch
 from textdiffusion.errors import UserError
 from textdiffusion.families.block import BlockConfig, BlockDiffusion
 from textdiffusion.families.masked import Masked, MaskedConfig
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.worlds import random_table
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
-from textdiffusion.noise import Noise
-from textdiffusion.sampling import sample
-from textdiffusion.worlds import random_table
+from textdiffusion.sampling.reverse import sample
 
 V = 6
 

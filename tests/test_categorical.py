@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from textdiffusion.categorical import draw, reshape_law
+from textdiffusion.mathematics.categorical import draw, reshape_law
 
 
 def test_draws_have_the_law():

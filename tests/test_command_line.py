@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from textdiffusion import families
-from textdiffusion.cli import main
+from textdiffusion.commands.cli import main
 
 SMALL = ["--steps", "30", "--set", "network.width=32", "--set", "network.depth=1", "--set", "network.heads=2",
          "--length", "24", "--set", "training.batch=8", "--device", "cpu"]  # fmt: skip
@@ -71,7 +71,7 @@ def test_help_lists_the_verbs_and_is_quick():
     assert time.perf_counter() - begin < 5  # without torch: the next check says why it is quick
     for verb in ("demo", "train", "sample", "eval", "compare", "ui", "families", "doctor"):
         assert verb in text
-    code = "import sys, textdiffusion.cli as c; c.parser_of(c.ACTS); "
+    code = "import sys, textdiffusion.commands.cli as c; c.parser_of(c.ACTS); "
     code += "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -94,7 +94,7 @@ def test_mistakes_are_refused_before_torch_is_loaded(runs, tmp_path):
         ["demo", "--minutes", "0"], ["families", "nothing"], ["verify", "nothing"], ["verify", "nothing.py"],
     ]  # fmt: skip
     code = (
-        "import json, sys\nfrom textdiffusion.cli import main\nassert main(['families']) == 0\n"
+        "import json, sys\nfrom textdiffusion.commands.cli import main\nassert main(['families']) == 0\n"
         "for line in json.loads(sys.argv[1]):\n"
         "    code, loaded = main(line), 'torch' in sys.modules\n"
         "    assert code == 2 and not loaded, (line, code, loaded)"
@@ -108,7 +108,7 @@ def test_mistakes_are_refused_before_torch_is_loaded(runs, tmp_path):
 
 def test_sampling_loads_no_more_than_it_needs(runs):
     code = (
-        "import sys\nfrom textdiffusion.cli import main\n"
+        "import sys\nfrom textdiffusion.commands.cli import main\n"
         f"assert main(['sample', {str(runs / 'masked')!r}, '-n', '1']) == 0\n"
         "unneeded = {'rich', 'torch._dynamo', 'torch._inductor', 'sympy', 'matplotlib', 'datasets', 'IPython'}\n"
         "sys.exit(', '.join(unneeded & set(sys.modules)) or 0)"

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from small_runs import small_run
-from textdiffusion.cli import ACTS, main
+from textdiffusion.commands.cli import ACTS, main
+from textdiffusion.commands.flags import parser_of
 from textdiffusion.compare import measuring
 from textdiffusion.compare.command import _plan
 from textdiffusion.compare.differences import differences
@@ -27,7 +28,6 @@ from textdiffusion.compare.measuring import accuracy, calls_of_a_bound, cost
 from textdiffusion.compare.plan import Plan
 from textdiffusion.compare.verdict import by_likelihood, by_samples, sentence
 from textdiffusion.errors import UserError
-from textdiffusion.flags import parser_of
 from textdiffusion.presets import configure
 from textdiffusion.process import as_network
 from textdiffusion.run import build
@@ -89,7 +89,7 @@ def test_interrupted_twice_and_run_again_is_the_same_report(home, results, monke
         return steps
 
     with monkeypatch.context() as patch:
-        from textdiffusion import fit
+        from textdiffusion.training import fit
 
         patch.setattr(fit, "train", stopping(fit.train))
         assert main(again) == 130  # in the midst of a training

@@ -14,22 +14,22 @@ import torch
 from torch.nn.functional import one_hot, pad
 
 import textdiffusion as td
-from textdiffusion.automaton import Automaton
-from textdiffusion.cli import main
-from textdiffusion.constraints import Hold, reshape_uncut
-from textdiffusion.drafts import HasDraft
+from textdiffusion.commands.cli import main
+from textdiffusion.diffusion.drafts import HasDraft
+from textdiffusion.diffusion.replacing import Outlook
 from textdiffusion.errors import UserError
 from textdiffusion.families import family, names
 from textdiffusion.families.score_entropy import ScoreEntropyConfig
 from textdiffusion.families.uniform import UniformConfig
-from textdiffusion.noise import Noise
-from textdiffusion.patterns import expression
+from textdiffusion.mathematics.automaton import Automaton
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.worlds import random_table
 from textdiffusion.process import Discrete, Prediction, State
-from textdiffusion.replacing import Outlook
-from textdiffusion.sampling import sample
+from textdiffusion.sampling.constraints import Hold, reshape_uncut
+from textdiffusion.sampling.reverse import sample
+from textdiffusion.text.patterns import expression
 from textdiffusion.verification.enumeration import enumerated_law, misfit
 from textdiffusion.verification.subject import IMPROBABLE, Subject
-from textdiffusion.worlds import random_table
 
 ROOT = Path(__file__).parents[1]
 V, L, LETTERS = 2, 3, "ab"

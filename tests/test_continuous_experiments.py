@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from textdiffusion.cli import main
+from textdiffusion.commands.cli import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. "

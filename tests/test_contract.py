@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from textdiffusion.coded import Coded
+from textdiffusion.diffusion.coded import Coded
+from textdiffusion.diffusion.replacing import Replacing
 from textdiffusion.families import family, names
 from textdiffusion.families.autoregressive import Autoregressive
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.network import TextNetwork
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
-from textdiffusion.noise import Noise
 from textdiffusion.process import Discrete, Process, State
-from textdiffusion.replacing import Replacing
 from textdiffusion.run import RunConfig, build
-from textdiffusion.sampling import sample
-from textdiffusion.training import Learner, TrainingConfig
+from textdiffusion.sampling.reverse import sample
+from textdiffusion.training.learning import Learner, TrainingConfig
 
 V, L, B = 11, 8, 6
 FAMILIES = names()
@@ -178,7 +178,7 @@ def test_positions_worked_out_a_few_at_a_time_get_the_same_draws(name, monkeypat
         for how in ({}, {"tokens": texts(5), "given": given, "temperature": 0.7}):
             frames = {}
             for together in (2**40, 3 * V):
-                monkeypatch.setattr("textdiffusion.sampling.TOGETHER", together)
+                monkeypatch.setattr("textdiffusion.sampling.reverse.TOGETHER", together)
                 frames[together] = list(sample(process, Noise.of(1, 5), L, 3, sampler=sampler, **how))
             for whole, parted in zip(*frames.values(), strict=True):
                 assert torch.equal(whole.tokens, parted.tokens) and torch.equal(whole.calls, parted.calls)
@@ -186,7 +186,7 @@ def test_positions_worked_out_a_few_at_a_time_get_the_same_draws(name, monkeypat
 
 
 def test_a_second_network_call_is_not_answered_from_the_first(monkeypatch):
-    monkeypatch.setattr("textdiffusion.sampling.TOGETHER", V)
+    monkeypatch.setattr("textdiffusion.sampling.reverse.TOGETHER", V)
     process = shaken("masked")
     predict = type(process).predict
 
@@ -303,7 +303,7 @@ def test_no_config_field_is_dead(name):
 
 def test_bounds_of_samplers_that_have_none_are_refused(name):
     from textdiffusion.errors import UserError
-    from textdiffusion.evaluation import evaluate
+    from textdiffusion.evaluation.measures import evaluate
 
     process, windows = make(name), list(texts(6).numpy())
     counted = {"random", "first_hitting", "ancestral"}
@@ -340,7 +340,7 @@ def test_unknown_names_are_refused_in_one_line(name, bad):
 )
 def test_learns_a_chain_to_its_entropy(family_name, states, length, width, batch, steps):
     """Two layers on a Markov chain: within 0.02 nat per token of the entropy."""
-    from textdiffusion.worlds import chain, chain_entropy
+    from textdiffusion.mathematics.worlds import chain, chain_entropy
 
     world = chain(states, length, seed=1)
     entropy = chain_entropy(world) / length

@@ -11,8 +11,8 @@ import pytest
 
 import textdiffusion as td
 from textdiffusion.families import family
+from textdiffusion.mathematics.worlds import random_table
 from textdiffusion.verification.subject import Subject
-from textdiffusion.worlds import random_table
 
 spec = importlib.util.spec_from_file_location("control", Path(__file__).parents[1] / "examples" / "control.py")
 control = importlib.util.module_from_spec(spec)

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from textdiffusion import cross_entropy
-from textdiffusion.cross_entropy import token_nats
+from textdiffusion.mathematics import cross_entropy
+from textdiffusion.mathematics.cross_entropy import token_nats
 
 
 @pytest.fixture(autouse=True)

@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from textdiffusion import data
-from textdiffusion.data import (
+from textdiffusion.errors import UserError
+from textdiffusion.text import data
+from textdiffusion.text.data import (
     Corpus,
     DataConfig,
     load_corpus,
     tokenize,
     word_set,
 )
-from textdiffusion.errors import UserError
-from textdiffusion.tokenizer import Tokenizer, build
-from textdiffusion.windows import TokenRuns, Windows, evaluation_windows
+from textdiffusion.text.tokenizer import Tokenizer, build
+from textdiffusion.text.windows import TokenRuns, Windows, evaluation_windows
 
 DOCUMENTS = [f"Document number {i}: " + "ab cd é " * (i % 7 + 1) for i in range(200)]
 relaxed = settings(deadline=None, database=None)  # the machine may be busy

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from textdiffusion.families.analog_bits import AnalogBits, AnalogBitsConfig
-from textdiffusion.gaussian import alpha_sigma, from_x_0
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.gaussian import alpha_sigma, from_x_0
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.worlds import random_table
 from textdiffusion.process import State
 from textdiffusion.verification import Subject
-from textdiffusion.worlds import random_table
 
 diffusers = pytest.importorskip(
     "diffusers", reason="parity with diffusers is NOT tested: pip install -c constraints.txt 'textdiffusion[dev]'"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from textdiffusion.divergence import divergence, frontier, frontier_integral, ngrams
+from textdiffusion.evaluation.divergence import divergence, frontier, frontier_integral, ngrams
 
 
 def kl(p, r):

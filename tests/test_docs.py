@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from textdiffusion.cli import main
+from textdiffusion.commands.cli import main
 from textdiffusion.families import names
 
 ROOT = Path(__file__).parents[1]

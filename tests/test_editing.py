@@ -7,17 +7,17 @@ import itertools
 import pytest
 import torch
 
-from textdiffusion.editing import Edit
 from textdiffusion.errors import UserError
 from textdiffusion.families import family, names
 from textdiffusion.families.masked import MaskedConfig
 from textdiffusion.families.score_entropy import ScoreEntropyConfig
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.worlds import random_table
 from textdiffusion.process import HasKernel, State
-from textdiffusion.sampling import sample
+from textdiffusion.sampling.editing import Edit
+from textdiffusion.sampling.reverse import sample
 from textdiffusion.verification.enumeration import _after, _Ways, misfit
 from textdiffusion.verification.subject import IMPROBABLE, Subject
-from textdiffusion.worlds import random_table
 
 V, L = 2, 3
 WORLD = random_table(V, L, seed=1)

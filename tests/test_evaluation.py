@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from textdiffusion.evaluation import BITS, evaluate, text_statistics, whole_words
+from textdiffusion.evaluation.measures import BITS, evaluate, text_statistics, whole_words
 from textdiffusion.families.autoregressive import Autoregressive
 from textdiffusion.families.masked import Masked, MaskedConfig
+from textdiffusion.mathematics.worlds import random_table
 from textdiffusion.verification import Subject
 from textdiffusion.verification.enumeration import exact_curve
-from textdiffusion.worlds import random_table
 
 V, L = 3, 3
 WORLD = random_table(V, L)
@@ -136,7 +136,7 @@ def test_statistics_of_samples():
 
 def test_unknown_symbols_are_charged_so_that_the_figure_stays_a_likelihood():
     """Over all texts of one symbol the model's probabilities times the spelling price add up to one."""
-    from textdiffusion.tokenizer import build
+    from textdiffusion.text.tokenizer import build
 
     tokenizer = build("char", ["abcab"])
 

@@ -16,8 +16,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import textdiffusion.verification
-from textdiffusion.absorbing import carry_over
-from textdiffusion.categorical import draw
+from textdiffusion.diffusion.absorbing import carry_over
+from textdiffusion.diffusion.renewing import Renewal, Renewing
+from textdiffusion.diffusion.replacing import Outlook
+from textdiffusion.diffusion.unmasking import Ancestral, RandomOrder, Remasking, unmasking_steps
 from textdiffusion.errors import UserError
 from textdiffusion.families import load_family
 from textdiffusion.families.analog_bits import AnalogBits, AnalogBitsConfig
@@ -27,16 +29,14 @@ from textdiffusion.families.masked import Masked
 from textdiffusion.families.score_entropy import ScoreEntropy, ScoreEntropyConfig
 from textdiffusion.families.sparse_distribution import SparseDistribution
 from textdiffusion.families.uniform import Uniform
-from textdiffusion.gaussian import posterior
+from textdiffusion.mathematics.categorical import draw
+from textdiffusion.mathematics.gaussian import posterior
+from textdiffusion.mathematics.schedules import SCHEDULES, Schedule
+from textdiffusion.mathematics.worlds import random_table
 from textdiffusion.networks.candidates import Slots
 from textdiffusion.process import Categorical, Nll, Prediction, State
-from textdiffusion.replacing import Outlook
-from textdiffusion.schedules import SCHEDULES, Schedule
-from textdiffusion.steps.renewing import Renewal, Renewing
-from textdiffusion.steps.unmasking import Ancestral, RandomOrder, Remasking, unmasking_steps
 from textdiffusion.verification import Subject, parts, verify
 from textdiffusion.verification.enumeration import integrated_bound
-from textdiffusion.worlds import random_table
 
 HERE = Path(__file__).parent
 V, L = 3, 3
@@ -1004,9 +1004,9 @@ def test_rare_tokens_are_drawn_at_their_rate_where_float32_gumbel_noise_loses_th
 
 def test_samples_of_a_fault_in_the_code_are_told_from_the_enumerated_law(monkeypatch):
     """Steps right, draws wrong: chi-square sees it."""
-    import textdiffusion.sampling
+    import textdiffusion.sampling.reverse
 
-    monkeypatch.setattr(textdiffusion.sampling, "draw", lambda log_p, u: draw(log_p * 1.15, u))
+    monkeypatch.setattr(textdiffusion.sampling.reverse, "draw", lambda log_p, u: draw(log_p * 1.15, u))
     assert any("samples have the enumerated law" in check.name for check in verify(Masked) if not check.passed)
 
 

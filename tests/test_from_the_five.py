@@ -14,10 +14,10 @@ import torch
 
 import textdiffusion as td
 from published_checkpoints import ddlm, sedd
-from textdiffusion.cli import main
-from textdiffusion.noise import Noise
+from textdiffusion.commands.cli import main
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.schedules import geometric
 from textdiffusion.process import State
-from textdiffusion.schedules import geometric
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/from-the-five.md").read_text(encoding="utf-8")

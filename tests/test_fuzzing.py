@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 
 from small_runs import TEXT, small_run
 from textdiffusion import families
-from textdiffusion.cli import main
+from textdiffusion.commands.cli import main
 from textdiffusion.errors import UserError
-from textdiffusion.tokenizer import build
+from textdiffusion.text.tokenizer import build
 
 LIMIT = 60  # seconds that no input may take
 SHARES = {"arguments": 2500, "settings": 1500, "configs": 1500, "damage": 2000, "texts": 1500, "unicode": 1000}
@@ -55,7 +55,9 @@ def place(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def untrained(monkeypatch):
     """A training that would begin is an answer: what is fuzzed is what comes before it."""
-    monkeypatch.setattr("textdiffusion.terminal.follow", lambda *_, **__: (_ for _ in ()).throw(UserError("trains")))
+    monkeypatch.setattr(
+        "textdiffusion.training.terminal.follow", lambda *_, **__: (_ for _ in ()).throw(UserError("trains"))
+    )
     monkeypatch.setattr("textdiffusion.doctor.estimate", lambda *_, **__: {"steps": 1})
     monkeypatch.setattr("textdiffusion.verification.verify", lambda *_: [])
 

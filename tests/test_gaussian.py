@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from textdiffusion.categorical import reshape_law
 from textdiffusion.errors import UserError
 from textdiffusion.families.analog_bits import AnalogBits, AnalogBitsConfig, code_book
-from textdiffusion.gaussian import (
+from textdiffusion.mathematics.categorical import reshape_law
+from textdiffusion.mathematics.gaussian import (
     HIGHEST,
     LOG_SNRS,
     LOWEST,
@@ -22,13 +22,13 @@ from textdiffusion.gaussian import (
     table,
     to_x_0,
 )
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.worlds import Table, random_table
 from textdiffusion.presets import configure
 from textdiffusion.process import State
 from textdiffusion.run import build
 from textdiffusion.verification import Subject, parts, verify
 from textdiffusion.verification.reals import signal_call_bound, signal_law
-from textdiffusion.worlds import Table, random_table
 
 F64 = torch.float64
 LEARNED = {

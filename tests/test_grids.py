@@ -12,22 +12,30 @@ import torch
 
 import textdiffusion as td
 from small_runs import small_run
-from textdiffusion.absorbing import count_weights
-from textdiffusion.cli import main
+from textdiffusion.commands.cli import main
+from textdiffusion.diffusion.absorbing import count_weights
 from textdiffusion.errors import UserError
 from textdiffusion.families.analog_bits import AnalogBits, AnalogBitsConfig
 from textdiffusion.families.block import BlockConfig, BlockDiffusion
 from textdiffusion.families.masked import Masked, MaskedConfig
 from textdiffusion.families.score_entropy import ScoreEntropy, ScoreEntropyConfig
 from textdiffusion.families.uniform import Uniform
-from textdiffusion.gaussian import LOWEST
-from textdiffusion.grids import GRIDS, Grid, equal_entropy, expected_divergence, optimal_hidden, rising, smooth
-from textdiffusion.noise import Noise
-from textdiffusion.pacing import LEVELS, grid_of, measure_costs
-from textdiffusion.sampling import sample
+from textdiffusion.mathematics.gaussian import LOWEST
+from textdiffusion.mathematics.grids import (
+    GRIDS,
+    Grid,
+    equal_entropy,
+    expected_divergence,
+    optimal_hidden,
+    rising,
+    smooth,
+)
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.worlds import HiddenMarkov, parity, random_table
+from textdiffusion.sampling.pacing import LEVELS, grid_of, measure_costs
+from textdiffusion.sampling.reverse import sample
 from textdiffusion.verification import Subject
 from textdiffusion.verification.enumeration import call_bound, enumerated_law, exact_curve, misfit
-from textdiffusion.worlds import HiddenMarkov, parity, random_table
 
 ROOT = Path(__file__).parents[1]
 V, L = 3, 3

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from labelled_worlds import Labels
+from textdiffusion.diffusion.guidance import Guidance, Guided, guided_law, told
 from textdiffusion.errors import UserError
 from textdiffusion.families import family, names
 from textdiffusion.families.analog_bits import AnalogBitsConfig
 from textdiffusion.families.score_entropy import ScoreEntropyConfig
 from textdiffusion.families.uniform import UniformConfig
-from textdiffusion.gaussian import evidence
-from textdiffusion.guidance import Guidance, Guided, guided_law, told
+from textdiffusion.mathematics.gaussian import evidence
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
-from textdiffusion.noise import Noise
 from textdiffusion.process import HasKernel, HasSignal, State
-from textdiffusion.sampling import sample
+from textdiffusion.sampling.reverse import sample
 from textdiffusion.verification.enumeration import enumerated_law, misfit
 from textdiffusion.verification.subject import IMPROBABLE, Subject
 

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 import textdiffusion as td
 from textdiffusion.families import family
 from textdiffusion.harness import Harness, continuation_nats
-from textdiffusion.worlds import random_table
+from textdiffusion.mathematics.worlds import random_table
 
 pytestmark = pytest.mark.slow  # not for what they take, but for the sixty packages that they need
 

@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="the extra hf is not installed")
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, TextDiffusionStreamer
 
 import textdiffusion as td
-from textdiffusion import hub
+from textdiffusion.exchange import hub
 from textdiffusion.process import State
 
 TOKEN_FAMILIES = ("masked", "uniform", "score_entropy", "sparse_distribution", "block")
@@ -187,7 +187,7 @@ def test_streamers_see_drafts_and_then_the_text(tmp_path, capsys):
 
 
 def test_nothing_of_this_is_imported_unless_asked():
-    code = "import sys, textdiffusion as td; td.load; from textdiffusion.cli import main; "
+    code = "import sys, textdiffusion as td; td.load; from textdiffusion.commands.cli import main; "
     code += "assert not {'transformers', 'peft', 'huggingface_hub', 'lm_eval', 'tensorboard'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import textdiffusion as td
-from textdiffusion.cli import main
-from textdiffusion.data import DataConfig, load_corpus, tokenize
+from textdiffusion.commands.cli import main
 from textdiffusion.errors import UserError
-from textdiffusion.ranking import rank
-from textdiffusion.tokenizer import build
-from textdiffusion.windows import Windows, evaluation_labels, evaluation_windows
+from textdiffusion.evaluation.ranking import rank
+from textdiffusion.text.data import DataConfig, load_corpus, tokenize
+from textdiffusion.text.tokenizer import build
+from textdiffusion.text.windows import Windows, evaluation_labels, evaluation_windows
 
 LETTERS = {"early": "abcd", "late": "wxyz"}
 

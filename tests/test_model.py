@@ -15,14 +15,14 @@ import torch
 from rich.console import Console
 
 import textdiffusion as td
+from textdiffusion.display.frames import BLANK, TextFrame
+from textdiffusion.display.watching import painted, watch
 from textdiffusion.families.uniform import Uniform, UniformConfig
-from textdiffusion.fit import Started, Stepped, Stopped, Validated
-from textdiffusion.frames import BLANK, TextFrame
+from textdiffusion.mathematics.worlds import copy
 from textdiffusion.report import report
-from textdiffusion.sampling import Frame, sample
-from textdiffusion.terminal import TrainingView, clock
-from textdiffusion.watching import painted, watch
-from textdiffusion.worlds import copy
+from textdiffusion.sampling.reverse import Frame, sample
+from textdiffusion.training.fit import Started, Stepped, Stopped, Validated
+from textdiffusion.training.terminal import TrainingView, clock
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ["training.batch=8", "network.width=32", "network.heads=2"]
@@ -179,7 +179,7 @@ def test_prompts(masked, autoregressive):
 
 def test_the_cache_is_used_and_changes_no_text(autoregressive):
     """A callable without a cache reads the whole prefix each time; the texts are the same up to rounding."""
-    from textdiffusion.noise import Noise
+    from textdiffusion.mathematics.noise import Noise
 
     network, reads = autoregressive.process.network, []
 
@@ -201,7 +201,7 @@ def test_the_cache_is_used_and_changes_no_text(autoregressive):
 
 
 def test_texts_longer_than_the_window_forget_the_oldest_half(autoregressive):
-    from textdiffusion.noise import Noise
+    from textdiffusion.mathematics.noise import Noise
 
     process = autoregressive.process
     *_, last = sample(process, Noise.of(2, 3), 41, 41)
@@ -221,7 +221,7 @@ def test_texts_longer_than_the_window_forget_the_oldest_half(autoregressive):
 
 def test_rows_with_different_prompts(autoregressive, masked):
     """Prompts of other lengths, and one row with nothing to write, share a batch and change nothing for the others."""
-    from textdiffusion.noise import Noise
+    from textdiffusion.mathematics.noise import Noise
 
     for model in (autoregressive, masked):
         tokens = torch.randint(0, 30, (4, 12))
@@ -333,7 +333,7 @@ def test_a_notebook_shows_one_panel_that_changes(masked, monkeypatch):
 
 
 def test_the_training_view_in_a_terminal():
-    from textdiffusion.evaluation import Figure
+    from textdiffusion.evaluation.measures import Figure
 
     out = io.StringIO()
     figure = Figure(2.5, 0.01, "upper", "random", None)
@@ -360,8 +360,8 @@ def test_the_training_view_in_a_terminal():
 
 def test_over_fitting_is_seen_and_the_best_weights_kept(folder, tmp_path):
     """A tiny text, learnt by heart: the held-out figure rises, which is said, and the run keeps its best weights."""
-    from textdiffusion.fit import fit
     from textdiffusion.presets import configure
+    from textdiffusion.training.fit import fit
 
     text = tmp_path / "small.txt"
     once = "the quick brown fox jumps over the lazy dog while seven wizards vex a big jolly queen. "
@@ -380,8 +380,8 @@ def test_over_fitting_is_seen_and_the_best_weights_kept(folder, tmp_path):
 
 
 def test_training_refuses_a_text_that_changed(tmp_path):
-    from textdiffusion.fit import fit
     from textdiffusion.run import Run
+    from textdiffusion.training.fit import fit
 
     text = tmp_path / "t.txt"
     text.write_text("one two three four five six seven " * 200)
@@ -404,7 +404,7 @@ def test_devices():
 
 def test_the_demo(tmp_path, monkeypatch, capsys):
     """What `make demo` runs, with a second to learn in."""
-    from textdiffusion.cli import main
+    from textdiffusion.commands.cli import main
 
     monkeypatch.chdir(tmp_path)
     assert main(["demo", "--minutes", "0.03"]) == 0

@@ -12,13 +12,13 @@ import diffusers
 from transformers import AutoModelForMaskedLM
 
 from test_hub import drawn
-from textdiffusion import hub
+from textdiffusion.diffusion.denoising import denoising_steps
+from textdiffusion.exchange import hub
 from textdiffusion.families.uniform import Uniform, UniformConfig
-from textdiffusion.gaussian import deterministic
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.gaussian import deterministic
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.process import State, as_network
-from textdiffusion.sampling import sample
-from textdiffusion.steps.denoising import denoising_steps
+from textdiffusion.sampling.reverse import sample
 
 assert hub.register  # the Auto classes know runs
 pytestmark = pytest.mark.slow  # importing them takes longer than all that is compared

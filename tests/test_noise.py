@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.noise import Noise
 
 
 def test_a_row_gets_the_same_draws_in_any_batch():

@@ -12,9 +12,9 @@ import time
 import pytest
 
 from small_runs import small_run
+from textdiffusion.display.frames import BLANK
+from textdiffusion.display.replay.canvas import row_html
 from textdiffusion.families import names
-from textdiffusion.frames import BLANK
-from textdiffusion.replay.canvas import row_html
 
 pytestmark = pytest.mark.slow
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

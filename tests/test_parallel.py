@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from textdiffusion.distributed import ALONE
 from textdiffusion.families import names
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
-from textdiffusion.noise import Noise
+from textdiffusion.parallel.distributed import ALONE
 from training_together import B, learn, make, texts
 
 HERE = Path(__file__).parent
@@ -110,7 +110,7 @@ def test_a_loss_makes_the_same_calls_whatever_its_draws(family):
 
 
 def test_rows_are_shared_out():
-    from textdiffusion.distributed import Group
+    from textdiffusion.parallel.distributed import Group
 
     for total, size in ((12, 2), (13, 4), (4, 4)):
         parts = [Group(rank, size).part(total) for rank in range(size)]
@@ -234,7 +234,7 @@ def test_evaluation_and_samples_are_shared_out(tmp_path):
 
 
 def test_parallel_without_processes_says_how(capsys, monkeypatch):
-    from textdiffusion.cli import main
+    from textdiffusion.commands.cli import main
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert main(["train", "--parallel", "fsdp"]) == 2
@@ -242,7 +242,7 @@ def test_parallel_without_processes_says_how(capsys, monkeypatch):
 
 
 def test_a_dry_run_says_what_processes_would_hold_and_send(capsys):
-    from textdiffusion.cli import main
+    from textdiffusion.commands.cli import main
 
     assert main(["train", "--dry-run", "--processes", "4", "--steps", "10", "--json", *SMALL]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -256,10 +256,10 @@ def test_a_dry_run_says_what_processes_would_hold_and_send(capsys):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
-    from textdiffusion.distributed import Group
     from textdiffusion.errors import UserError
+    from textdiffusion.parallel.distributed import Group
     from textdiffusion.settings import TrainingConfig
-    from textdiffusion.training import Learner
+    from textdiffusion.training.learning import Learner
 
     net = Transformer(TransformerConfig(inputs=7, outputs=7, window=8, depth=1, width=16, heads=2))
     with pytest.raises(UserError, match="cannot share a batch of 2"):

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from textdiffusion.automaton import Automaton
 from textdiffusion.errors import UserError
-from textdiffusion.patterns import SEPARATORS, Pattern, acrostic, expression, made_of
-from textdiffusion.tokenizer import build
+from textdiffusion.mathematics.automaton import Automaton
+from textdiffusion.text.patterns import SEPARATORS, Pattern, acrostic, expression, made_of
+from textdiffusion.text.tokenizer import build
 
 TEXT = "ab\n. é日don't the Cat12\U0001f600"
 TOKENIZERS = {kind: build(kind, [TEXT * 9]) for kind in ("char", "byte", "bpe:280")}
@@ -149,7 +149,7 @@ def test_what_cannot_be_kept_is_refused_in_one_line(pattern, why):
 
 
 def test_a_pattern_too_large_to_follow_is_refused(monkeypatch):
-    monkeypatch.setattr("textdiffusion.patterns.LARGEST", 100)
+    monkeypatch.setattr("textdiffusion.text.patterns.LARGEST", 100)
     assert len(expression("a{1,90}").step) == 92
     for pattern in ("a{200}", ".{1,90}"):  # over characters; over their bytes
         with pytest.raises(UserError, match="at most 100"):
@@ -169,7 +169,7 @@ def test_bad_words_and_tokenizers_are_refused(tmp_path):
     from tokenizers import Tokenizer as Backend
     from tokenizers import models
 
-    from textdiffusion.tokenizer import Tokenizer
+    from textdiffusion.text.tokenizer import Tokenizer
 
     pieces = Backend(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2, "<|endoftext|>": 3}, unk_token="[UNK]"))
     with pytest.raises(UserError, match="changes texts"):

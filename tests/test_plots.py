@@ -10,8 +10,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from small_runs import small_run
-from textdiffusion import plots
-from textdiffusion.cli import main
+from textdiffusion.commands.cli import main
+from textdiffusion.display import plots
 
 pytest.importorskip("matplotlib")
 SVG = "{http://www.w3.org/2000/svg}"

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from textdiffusion import preparing
-from textdiffusion.cli import main
+from textdiffusion.commands.cli import main
 from textdiffusion.errors import UserError
-from textdiffusion.preparing import _pieces, prepare_corpus
-from textdiffusion.shards import BLOCK, Mixture, open_prepared, parse_mixture, training_text
-from textdiffusion.windows import TokenRuns, Windows
+from textdiffusion.text import preparing
+from textdiffusion.text.preparing import _pieces, prepare_corpus
+from textdiffusion.text.shards import BLOCK, Mixture, open_prepared, parse_mixture, training_text
+from textdiffusion.text.windows import TokenRuns, Windows
 
 WORDS = ["time", "noise", "token", "mask", "river", "cloud", "snow", "ünder", "語", "a", "the", "of", "and", "wrote"]
 
@@ -138,6 +138,15 @@ def test_stopped_and_gone_on_with_it_is_the_same(sources, tmp_path, here, monkey
     shards[1].unlink()
     assert prepare_corpus(str(sources), out, **how).made == 2 and contents(out) == whole
     assert prepare_corpus(str(sources), out, **how).made == 0 and contents(out) == whole
+
+
+def test_a_mistaken_field_can_be_put_right_in_the_same_folder(tmp_path):
+    source, out = tmp_path / "a.jsonl", tmp_path / "out"
+    source.write_text("".join(json.dumps({"body": f"story {i} of a fox"}) + "\n" for i in range(40)), encoding="utf-8")
+    with pytest.raises(UserError, match="text"):
+        prepare_corpus(str(source), out, tokenizer="byte", workers=1)
+    assert prepare_corpus(str(source), out, tokenizer="char", text_field="body", workers=1).tokens
+    assert json.loads((out / "corpus.json").read_text())["tokenizer"] == "char"
 
 
 def test_other_settings_or_files_are_refused(sources, tmp_path, here):

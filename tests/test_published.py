@@ -10,10 +10,10 @@ import torch
 
 import textdiffusion as td
 from published_checkpoints import TOKENS, bd3lm, ddlm, ddlm_outputs, dit, dit_weights, mdlm, sedd
-from textdiffusion.cli import main
+from textdiffusion.commands.cli import main
+from textdiffusion.mathematics.schedules import geometric
 from textdiffusion.networks.dit import DiT, DiTConfig
 from textdiffusion.process import State
-from textdiffusion.schedules import geometric
 
 MASK = TOKENS
 X = torch.tensor([[3, MASK, 7, MASK, 1, 1, MASK, 12, MASK], [MASK] * 8 + [4]])

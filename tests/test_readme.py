@@ -14,7 +14,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from textdiffusion.cli import main
+from textdiffusion.commands.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

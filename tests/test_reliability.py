@@ -18,17 +18,18 @@ import pytest
 import torch
 
 from small_runs import small_run
-from textdiffusion import checkpoints as module
-from textdiffusion.checkpoints import Checkpoints, digest, load_tensors, save_tensors, verify
-from textdiffusion.cli import main
+from textdiffusion.commands.cli import main
 from textdiffusion.errors import UserError
 from textdiffusion.files import alone_in, write
-from textdiffusion.fit import Stepped, Stopped, Validated, Warned, fit
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.presets import configure
 from textdiffusion.run import Run, RunConfig, build
 from textdiffusion.settings import TrainingConfig
-from textdiffusion.training import Learner
+from textdiffusion.tensors import digest, load_tensors, save_tensors
+from textdiffusion.training import checkpoints as module
+from textdiffusion.training.checkpoints import Checkpoints, verify
+from textdiffusion.training.fit import Stepped, Stopped, Validated, Warned, fit
+from textdiffusion.training.learning import Learner
 
 NETWORK = ["network.width=32", "network.heads=2", "training.batch=8", "training.precision=fp32"]
 
@@ -276,7 +277,7 @@ def test_a_place_that_cannot_be_written_is_one_line(capsys):
 def test_a_figure_that_is_no_number_is_never_the_best(tmp_path, monkeypatch):
     from dataclasses import replace
 
-    from textdiffusion import fit as fitting
+    from textdiffusion.training import fit as fitting
 
     real, path = fitting.evaluate, tmp_path / "run"
 

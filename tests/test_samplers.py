@@ -11,21 +11,21 @@ import pytest
 import torch
 
 from small_runs import small_run
-from textdiffusion import recommendation
-from textdiffusion.cli import main
-from textdiffusion.deterministic_order import order_nll
-from textdiffusion.evaluation import BITS, evaluate
+from textdiffusion.commands.cli import main
+from textdiffusion.evaluation.measures import BITS, evaluate
 from textdiffusion.families import family
 from textdiffusion.families.block import BlockConfig, BlockDiffusion
 from textdiffusion.families.masked import Masked
 from textdiffusion.families.uniform import Uniform, UniformConfig
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.worlds import random_table
 from textdiffusion.process import Prediction, State
-from textdiffusion.recommendation import recommend
-from textdiffusion.sampling import sample
+from textdiffusion.sampling import recommendation
+from textdiffusion.sampling.deterministic_order import order_nll
+from textdiffusion.sampling.recommendation import recommend
+from textdiffusion.sampling.reverse import sample
 from textdiffusion.verification import Subject
 from textdiffusion.verification.enumeration import enumerated_law
-from textdiffusion.worlds import random_table
 
 V, L = 3, 3
 WORLD = random_table(V, L)

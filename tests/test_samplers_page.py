@@ -43,7 +43,7 @@ def test_the_page_and_the_table_are_made_from_what_was_measured(page):
         pytest.skip("nothing has been measured")
     measured = json.loads(summary.read_text(encoding="utf-8"))
     assert (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8") == page.write_up(measured)
-    table = json.loads((ROOT / "src" / "textdiffusion" / "recommended.json").read_text(encoding="utf-8"))
+    table = json.loads((ROOT / "src" / "textdiffusion" / "sampling" / "recommended.json").read_text(encoding="utf-8"))
     assert table["recommended"] == page.recommended(measured)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from textdiffusion.schedules import SCHEDULES
+from textdiffusion.mathematics.schedules import SCHEDULES
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)

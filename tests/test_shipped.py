@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 import textdiffusion as td
-from textdiffusion.cli import main
+from textdiffusion.commands.cli import main
 from textdiffusion.config import SHIPPED, SHIPPED_INSTEAD
-from textdiffusion.data import tokenize
-from textdiffusion.evaluation import evaluate
-from textdiffusion.fit import prepare
+from textdiffusion.evaluation.measures import evaluate
 from textdiffusion.run import build
-from textdiffusion.windows import evaluation_windows
+from textdiffusion.text.data import tokenize
+from textdiffusion.text.windows import evaluation_windows
+from textdiffusion.training.fit import prepare
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "examples" / "first_minutes.ipynb"

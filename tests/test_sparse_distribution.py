@@ -13,14 +13,14 @@ from torch.nn.functional import one_hot
 from textdiffusion.errors import UserError
 from textdiffusion.families.masked import Masked, MaskedConfig
 from textdiffusion.families.sparse_distribution import SparseDistribution, SparseDistributionConfig
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.worlds import random_table
 from textdiffusion.networks.candidates import Candidates, Slots
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
-from textdiffusion.noise import Noise
 from textdiffusion.process import State
-from textdiffusion.sampling import sample
+from textdiffusion.sampling.reverse import sample
 from textdiffusion.verification import Subject, verify
 from textdiffusion.verification.enumeration import call_bound, continuous_bound, enumerated_law, order_bound
-from textdiffusion.worlds import random_table
 
 V, L, K = 11, 8, 4
 

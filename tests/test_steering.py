@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from textdiffusion.automaton import Automaton
-from textdiffusion.constraints import Hold
 from textdiffusion.errors import UserError
 from textdiffusion.families import family, names
-from textdiffusion.noise import Noise
-from textdiffusion.patterns import expression
-from textdiffusion.sampling import sample
-from textdiffusion.steering import Steer
+from textdiffusion.mathematics.automaton import Automaton
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.worlds import random_table
+from textdiffusion.sampling.constraints import Hold
+from textdiffusion.sampling.reverse import sample
+from textdiffusion.sampling.steering import Steer
+from textdiffusion.text.patterns import expression
 from textdiffusion.verification.enumeration import enumerated_law
 from textdiffusion.verification.subject import Subject
-from textdiffusion.worlds import random_table
 
 V, L = 2, 3
 WORLD = random_table(V, L, seed=1)

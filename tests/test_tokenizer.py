@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from textdiffusion import tokenizer as tokenizer_module
 from textdiffusion.errors import UserError
-from textdiffusion.tokenizer import END_OF_TEXT, UNKNOWN, Tokenizer, build
+from textdiffusion.text import tokenizer as tokenizer_module
+from textdiffusion.text.tokenizer import END_OF_TEXT, UNKNOWN, Tokenizer, build
 
 DOCUMENTS = [
     "It was the best of times, it was the worst of times, it was the age of wisdom.",

@@ -9,8 +9,8 @@ import types
 import pytest
 
 import textdiffusion as td
-from textdiffusion.cli import main
-from textdiffusion.tracking import check
+from textdiffusion.commands.cli import main
+from textdiffusion.training.tracking import check
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. "
 SMALL = ["--steps", "6", "--length", "16", "--depth", "1", "--set", "network.width=16", "--set", "network.heads=1",
@@ -62,7 +62,7 @@ def test_nothing_is_tracked_unless_asked(tmp_path):
 
 
 def test_a_missing_package_is_said_before_anything_is_made(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("textdiffusion.tracking.find_spec", lambda name: None)
+    monkeypatch.setattr("textdiffusion.training.tracking.find_spec", lambda name: None)
     assert train(tmp_path, "--track", "wandb") == 2
     assert "pip install wandb" in capsys.readouterr().err and not (tmp_path / "run").exists()
     with pytest.raises(td.UserError, match="tensorboard or wandb"):

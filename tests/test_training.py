@@ -13,18 +13,10 @@ import torch
 
 from textdiffusion.errors import UserError
 from textdiffusion.families.masked import Masked, MaskedConfig
+from textdiffusion.machine import fastest_precision, micro_batch_for, tune_allocator
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
-from textdiffusion.noise import Noise
-from textdiffusion.training import (
-    PATIENCE,
-    Learner,
-    TrainingConfig,
-    fastest_precision,
-    learning_rate_factor,
-    micro_batch_for,
-    train,
-    tune_allocator,
-)
+from textdiffusion.training.learning import PATIENCE, Learner, TrainingConfig, learning_rate_factor, train
 
 
 def make(**network) -> tuple[Masked, Transformer]:
@@ -178,7 +170,7 @@ def test_refusals(fields):
 @pytest.mark.skipif(os.cpu_count() == 1, reason="one core")
 def test_bfloat16_learns_as_well_as_float32():
     """300 steps, three seeds: the mean losses at the end agree within the spread of the seeds."""
-    from textdiffusion.worlds import chain
+    from textdiffusion.mathematics.worlds import chain
 
     world = chain(10, 8, seed=3)
     finals: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
@@ -205,10 +197,11 @@ def test_micro_batches_fit_the_cache_and_the_memory():
 
 MEMORY = """
 import resource, sys, torch
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.run import RunConfig, build
-from textdiffusion.sampling import sample
-from textdiffusion.training import Learner, TrainingConfig, micro_batch_for
+from textdiffusion.sampling.reverse import sample
+from textdiffusion.machine import micro_batch_for
+from textdiffusion.training.learning import Learner, TrainingConfig
 family, what = sys.argv[1:]
 process = build(RunConfig(family=family, network={"depth": 1, "width": 32, "heads": 1, "window": 256},
                           vocabulary=50_257, training=TrainingConfig(steps=9)))

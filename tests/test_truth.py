@@ -14,16 +14,17 @@ import torch
 from torch.nn.functional import one_hot
 
 from test_faults import controlled
-from textdiffusion.absorbing import count_weights
+from textdiffusion.diffusion.absorbing import count_weights
 from textdiffusion.errors import UserError
 from textdiffusion.families import family, load_family, names
 from textdiffusion.families.masked import Masked, MaskedConfig
 from textdiffusion.families.score_entropy import ScoreEntropy, ScoreEntropyConfig
 from textdiffusion.families.uniform import Uniform, UniformConfig
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.schedules import SCHEDULES
+from textdiffusion.mathematics.worlds import Table, chain, chain_entropy, copy, hidden_chain, random_table
 from textdiffusion.process import HasKernel, Prediction, State
-from textdiffusion.sampling import sample
-from textdiffusion.schedules import SCHEDULES
+from textdiffusion.sampling.reverse import sample
 from textdiffusion.verification import Subject, verify
 from textdiffusion.verification.enumeration import (
     enumerated_law,
@@ -32,7 +33,6 @@ from textdiffusion.verification.enumeration import (
     misfit,
     noisy_states,
 )
-from textdiffusion.worlds import Table, chain, chain_entropy, copy, hidden_chain, random_table
 
 HERE = Path(__file__).parent
 V, L = 3, 3

@@ -20,13 +20,13 @@ import torch
 
 import textdiffusion as td
 from small_runs import small_run
-from textdiffusion.cli import main
+from textdiffusion.commands.cli import main
+from textdiffusion.display.frames import BLANK, TextFrame, degree, revises, visible
+from textdiffusion.display.replay.canvas import canvas, error, head, legend, player, replay_page, row_html, style
+from textdiffusion.display.replay.recording import Panel, Recording, difference, replayed
 from textdiffusion.errors import UserError
-from textdiffusion.frames import BLANK, TextFrame, degree, revises, visible
 from textdiffusion.process import as_network
-from textdiffusion.replay.canvas import canvas, error, head, legend, player, replay_page, row_html, style
-from textdiffusion.replay.recording import Panel, Recording, difference, replayed
-from textdiffusion.sampling import Frame
+from textdiffusion.sampling.reverse import Frame
 from textdiffusion.ui import acts, inside
 from textdiffusion.ui.acts import Wish, calls_of, chosen_words, marked
 from textdiffusion.ui.door import READY, Door
@@ -96,7 +96,7 @@ def test_a_row_of_html_says_what_the_cells_say():
 
 
 def test_characters_of_several_bytes_and_marks_come_out_whole():
-    from textdiffusion.tokenizer import build
+    from textdiffusion.text.tokenizer import build
 
     tokenizer = build("byte", ["abc"])
     ids = tokenizer.encode("é日b")

@@ -13,12 +13,12 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from small_runs import small_run
-from textdiffusion.cli import main
-from textdiffusion.frames import BLANK, TextFrame
-from textdiffusion.replay.recording import replayed
-from textdiffusion.sampling import Frame
-from textdiffusion.tokenizer import build
-from textdiffusion.watching import drawn, painted, watch
+from textdiffusion.commands.cli import main
+from textdiffusion.display.frames import BLANK, TextFrame
+from textdiffusion.display.replay.recording import replayed
+from textdiffusion.display.watching import drawn, painted, watch
+from textdiffusion.sampling.reverse import Frame
+from textdiffusion.text.tokenizer import build
 
 WIDE = "日本語のテキスト"
 

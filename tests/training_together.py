@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from textdiffusion.distributed import Group, joined
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.parallel.distributed import Group, joined
 from textdiffusion.process import Process
 from textdiffusion.run import RunConfig, build
 from textdiffusion.settings import TrainingConfig
-from textdiffusion.training import Learner, train
+from textdiffusion.training.learning import Learner, train
 
 V, L, B = 11, 12, 12
 

@@ -1,4 +1,4 @@
-from textdiffusion.cli import main
+from textdiffusion.commands.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

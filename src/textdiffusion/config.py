@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from textdiffusion.data import DataConfig
 from textdiffusion.errors import UserError
 from textdiffusion.families import check as check_family
 from textdiffusion.families import family
 from textdiffusion.networks.shape import PretrainedShape, TransformerConfig
 from textdiffusion.settings import TrainingConfig, with_fields
+from textdiffusion.text.data import DataConfig
 
 RUNS = Path("runs")
 SHIPPED = Path(__file__).parent / "shipped"  # a small run that comes with the package (examples/shipped_run.py)

@@ -14,12 +14,13 @@ import torch
 from textdiffusion import __version__
 from textdiffusion.config import RunConfig
 from textdiffusion.errors import UserError
-from textdiffusion.fit import prepare, to_learn
 from textdiffusion.loading import pick_device
-from textdiffusion.noise import Noise
+from textdiffusion.machine import fastest_precision, micro_batch_for, processor_name, tune_allocator
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.process import count_parameters
 from textdiffusion.run import build
-from textdiffusion.training import Learner, fastest_precision, micro_batch_for, processor_name, tune_allocator
+from textdiffusion.training.fit import prepare, to_learn
+from textdiffusion.training.learning import Learner
 
 
 def machine(device: str = "auto") -> dict[str, str]:

@@ -11,6 +11,11 @@ from pathlib import Path
 from textdiffusion.errors import UserError
 
 
+def cache_folder() -> Path:
+    """Where derived files are kept: $TEXTDIFFUSION_CACHE, else ~/.cache/textdiffusion."""
+    return Path(os.environ.get("TEXTDIFFUSION_CACHE") or "~/.cache/textdiffusion").expanduser()
+
+
 def place(path: Path, writer: Callable[[Path], object]) -> None:
     """Have a file written beside, and put in place when it is whole and on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

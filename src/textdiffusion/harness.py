@@ -28,10 +28,10 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 
 from textdiffusion.errors import UserError
-from textdiffusion.evaluation import evaluate
+from textdiffusion.evaluation.measures import evaluate
 from textdiffusion.loading import load
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.model import Model
-from textdiffusion.noise import Noise
 from textdiffusion.process import Discrete, Process, State
 
 MOST = 128  # noisy texts in a network call

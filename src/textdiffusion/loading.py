@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from textdiffusion.config import SHIPPED, SHIPPED_INSTEAD, new_run_path, newest_run, read_config, run_to_use
-from textdiffusion.distributed import ALONE, Group
 from textdiffusion.errors import UserError
-from textdiffusion.fetching import fetch, is_foreign
-from textdiffusion.fit import Stopped, fit
+from textdiffusion.exchange.fetching import fetch, is_foreign
+from textdiffusion.exchange.published import read
 from textdiffusion.model import Model
+from textdiffusion.parallel.distributed import ALONE, Group
 from textdiffusion.presets import configure
-from textdiffusion.published import read
 from textdiffusion.run import Run, fill
 from textdiffusion.settings import Precision, check_device
-from textdiffusion.tracking import tracked
+from textdiffusion.training.fit import Stopped, fit
+from textdiffusion.training.tracking import tracked
 
 
 def pick_device(device: str) -> str:

@@ -11,34 +11,34 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from textdiffusion.automaton import Automaton
 from textdiffusion.config import RunConfig
-from textdiffusion.constraints import Hold, refusal
-from textdiffusion.distributed import ALONE, Group
-from textdiffusion.drafts import HasDraft
-from textdiffusion.editing import Edit, mend
+from textdiffusion.diffusion.drafts import HasDraft
+from textdiffusion.diffusion.guidance import Guidance
+from textdiffusion.display.frames import TextFrame, revises
+from textdiffusion.display.replay.canvas import save_replay as write_replay
+from textdiffusion.display.replay.recording import Panel, Recording, recorded
+from textdiffusion.display.watching import watch
 from textdiffusion.errors import UserError
-from textdiffusion.evaluation import Figure, evaluate
+from textdiffusion.evaluation.measures import Figure, evaluate
+from textdiffusion.evaluation.ranking import rank
 from textdiffusion.families import family, names
-from textdiffusion.frames import TextFrame, revises
-from textdiffusion.grids import Grid
-from textdiffusion.guidance import Guidance
+from textdiffusion.machine import fastest_precision, tune_allocator
+from textdiffusion.mathematics.automaton import Automaton
+from textdiffusion.mathematics.grids import Grid
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.network import TextNetwork
-from textdiffusion.noise import Noise
-from textdiffusion.pacing import levels_of
-from textdiffusion.patterns import Pattern, read_words
+from textdiffusion.parallel.distributed import ALONE, Group
 from textdiffusion.process import Process
-from textdiffusion.ranking import rank
-from textdiffusion.recommendation import recommend
-from textdiffusion.replay.canvas import save_replay as write_replay
-from textdiffusion.replay.recording import Panel, Recording, recorded
-from textdiffusion.sampling import sample
+from textdiffusion.sampling.constraints import Hold, refusal
+from textdiffusion.sampling.editing import Edit, mend
+from textdiffusion.sampling.pacing import levels_of
+from textdiffusion.sampling.recommendation import recommend
+from textdiffusion.sampling.reverse import sample
+from textdiffusion.sampling.steering import Reward, steer_by
 from textdiffusion.settings import LONGEST, Precision, check_label, check_replay, check_writing
-from textdiffusion.steering import Reward, steer_by
-from textdiffusion.template import Template, encode, gaps, prompt
-from textdiffusion.tokenizer import Tokenizer
-from textdiffusion.training import fastest_precision, tune_allocator
-from textdiffusion.watching import watch
+from textdiffusion.text.patterns import Pattern, read_words
+from textdiffusion.text.template import Template, encode, gaps, prompt
+from textdiffusion.text.tokenizer import Tokenizer
 
 BATCH = 32  # texts denoised together
 FIXED_BATCH = 8  # the same, where shapes must not depend on how many texts are asked for

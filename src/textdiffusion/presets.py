@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from textdiffusion.config import RunConfig, override
-from textdiffusion.data import DataConfig
 from textdiffusion.errors import UserError
 from textdiffusion.families import check as check_family
 from textdiffusion.families import family as find_family
 from textdiffusion.settings import TrainingConfig
-from textdiffusion.tokenizer import check_kind
+from textdiffusion.text.data import DataConfig
+from textdiffusion.text.tokenizer import check_kind
 
 # Blocks. Sizes are for budgets: tiny for minutes of a laptop, small for an hour, base for a GPU.
 PRESETS = {"tiny": 3, "small": 6, "base": 12}
@@ -90,7 +90,7 @@ def configure(
     if init_from is not None:
         if preset is not None or depth is not None:
             raise UserError("--init-from takes the network as it is; leave out --preset and --depth")
-        from textdiffusion.adaptation import begin_from
+        from textdiffusion.training.adaptation import begin_from
 
         return override(begin_from(config, init_from, None if tokenizer == "char" else tokenizer), settings or [])
     config = override(config, settings or [])

@@ -3,7 +3,7 @@
 Conventions, for the whole library:
 
 - t = 0 is text, t = 1 is noise, and a reverse step goes from t to s < t.
-- Likelihoods are in nats inside; bits per character only at the edge (evaluation.py).
+- Likelihoods are in nats inside; bits per character only at the edge (evaluation/measures.py).
 - Shapes: B batch, L length, V vocabulary (end-of-text included), S states of a position, D width, W reals a position,
   N asked positions (the true entries of a bool mask [B L], in row-major order).
 - Randomness is an argument (noise.py), never a global.
@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textdiffusion.grids import Grid
+from textdiffusion.mathematics.grids import Grid
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.candidates import Slots
-from textdiffusion.noise import Noise
 
 Network = Callable[..., Tensor]
 Reshape = Callable[[Tensor], Tensor]  # of log-probabilities [N V], by temperature and top-p
@@ -132,8 +132,8 @@ class Normal:
 class Step(ABC):
     """One reverse step of a family: what to ask the network, and the law that follows.
 
-    A step draws nothing but the positions it asks about: sampling.py draws symbols and reals, for every family. So the
-    law of a whole run can be enumerated on a small world (verification/).
+    A step draws nothing but the positions it asks about: sampling/reverse.py draws symbols and reals, for every
+    family. So the law of a whole run can be enumerated on a small world (verification/).
     """
 
     note: ClassVar[str]  # one line for the user

@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from textdiffusion.data import Corpus, tokenize, whole_text, word_set
 from textdiffusion.errors import UserError
-from textdiffusion.evaluation import Figure, Report, TextStatistics, evaluate, text_statistics
-from textdiffusion.fit import prepare
+from textdiffusion.evaluation.measures import Figure, Report, TextStatistics, evaluate, text_statistics
 from textdiffusion.loading import load
 from textdiffusion.model import Model
-from textdiffusion.pacing import measure_costs
 from textdiffusion.run import Run
-from textdiffusion.shards import is_prepared, training_text
-from textdiffusion.tokenizer import Tokenizer
-from textdiffusion.windows import evaluation_labels, evaluation_windows
+from textdiffusion.sampling.pacing import measure_costs
+from textdiffusion.text.data import Corpus, tokenize, whole_text, word_set
+from textdiffusion.text.shards import is_prepared, training_text
+from textdiffusion.text.tokenizer import Tokenizer
+from textdiffusion.text.windows import evaluation_labels, evaluation_windows
+from textdiffusion.training.fit import prepare
 
 # Of a short text so many noisy copies are read that figures for different numbers of calls can be told apart.
 MOST_EXAMPLES = 8192  # noisy windows that the optimal grid is measured on

@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 
 from textdiffusion import backbones
-from textdiffusion.checkpoints import load_tensors, save_tensors
 from textdiffusion.config import RunConfig, check_new, read_config
 from textdiffusion.errors import UserError
 from textdiffusion.families import family
 from textdiffusion.files import write
 from textdiffusion.networks.bodies import landmarks
 from textdiffusion.networks.shape import TransformerConfig
-from textdiffusion.pacing import FILE as GRID_FILE
-from textdiffusion.pacing import costs_to_json, grid_of
 from textdiffusion.process import Process
+from textdiffusion.sampling.pacing import FILE as GRID_FILE
+from textdiffusion.sampling.pacing import costs_to_json, grid_of
 from textdiffusion.settings import with_fields
-from textdiffusion.tokenizer import Tokenizer
+from textdiffusion.tensors import load_tensors, save_tensors
+from textdiffusion.text.tokenizer import Tokenizer
 
 
 def build(config: RunConfig, network: torch.nn.Module | None = None) -> Process:

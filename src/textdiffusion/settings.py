@@ -72,7 +72,7 @@ def check_grid(name: str) -> None:
     Raises:
         UserError: naming those that there are.
     """
-    from textdiffusion.grids import GRIDS  # here, for it loads numpy, which --help can do without
+    from textdiffusion.mathematics.grids import GRIDS  # here, for it loads numpy, which --help can do without
 
     if name not in ("auto", *GRIDS):
         raise UserError(f"--grid must be one of auto, {', '.join(GRIDS)}, not {name!r}")

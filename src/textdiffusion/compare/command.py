@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from textdiffusion.compare.differences import differences, read_results
 from textdiffusion.compare.plan import JUDGE, MINUTES, Plan, read_plan, settle, write
-from textdiffusion.data import check_source
 from textdiffusion.errors import UserError
+from textdiffusion.text.data import check_source
 
 if TYPE_CHECKING:
     from rich.console import Console

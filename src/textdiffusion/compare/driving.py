@@ -26,17 +26,17 @@ from textdiffusion.compare.judging import Judge, OwnJudge
 from textdiffusion.compare.measuring import PARTS, Bench, check_text, cost, yardsticks
 from textdiffusion.compare.plan import JUDGE, Plan, write
 from textdiffusion.config import RunConfig, read_config
-from textdiffusion.data import fingerprint
 from textdiffusion.doctor import machine
 from textdiffusion.errors import UserError
-from textdiffusion.fit import prepare
 from textdiffusion.loading import load
-from textdiffusion.noise import Noise
+from textdiffusion.machine import fastest_precision
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.process import count_parameters
 from textdiffusion.run import Run, build
 from textdiffusion.settings import Precision
-from textdiffusion.terminal import clock, follow
-from textdiffusion.training import fastest_precision
+from textdiffusion.text.data import fingerprint
+from textdiffusion.training.fit import prepare
+from textdiffusion.training.terminal import clock, follow
 
 FORMAT = 1
 SHARED = "shared"  # among what is measured: what belongs to no run

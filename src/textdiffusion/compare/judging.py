@@ -13,8 +13,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.model import Model
-from textdiffusion.noise import Noise
 
 BATCH = 32
 

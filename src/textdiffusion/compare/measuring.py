@@ -18,18 +18,18 @@ from textdiffusion.compare.gaming import GAMES, held_out, played
 from textdiffusion.compare.judging import Judge
 from textdiffusion.compare.plan import Plan
 from textdiffusion.config import RunConfig
-from textdiffusion.data import WORD, Corpus, tokenize, word_set
-from textdiffusion.divergence import divergence
 from textdiffusion.errors import UserError
-from textdiffusion.evaluation import MOST_COPIES, evaluate, text_statistics
-from textdiffusion.fit import prepare
+from textdiffusion.evaluation.divergence import divergence
+from textdiffusion.evaluation.measures import MOST_COPIES, evaluate, text_statistics
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.model import BATCH, Model
-from textdiffusion.noise import Noise
 from textdiffusion.process import HasCurve, Process
 from textdiffusion.report import lossy, without_kind
-from textdiffusion.sampling import Counted, sample
-from textdiffusion.tokenizer import Tokenizer
-from textdiffusion.windows import TokenRuns, evaluation_windows
+from textdiffusion.sampling.reverse import Counted, sample
+from textdiffusion.text.data import WORD, Corpus, tokenize, word_set
+from textdiffusion.text.tokenizer import Tokenizer
+from textdiffusion.text.windows import TokenRuns, evaluation_windows
+from textdiffusion.training.fit import prepare
 
 GAP = 3  # tokens of the span that is filled
 GAPS = 128  # windows of which a span is filled, at most

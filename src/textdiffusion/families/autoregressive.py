@@ -19,12 +19,12 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from textdiffusion.absorbing import Hiding, carry_over, hidden_evidence
-from textdiffusion.cross_entropy import token_nats
+from textdiffusion.diffusion.absorbing import Hiding, carry_over, hidden_evidence
+from textdiffusion.diffusion.ordering import LeftToRight
 from textdiffusion.errors import UserError
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.cross_entropy import token_nats
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.process import Context, Network, Nll, Prediction, State, as_network
-from textdiffusion.steps.ordering import LeftToRight
 
 
 @dataclass

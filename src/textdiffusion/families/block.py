@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from textdiffusion.absorbing import (
+from textdiffusion.diffusion.absorbing import (
     Hiding,
     carry_over,
     check_training,
@@ -34,12 +34,12 @@ from textdiffusion.absorbing import (
     hidden_evidence,
     mask_rates,
 )
-from textdiffusion.cross_entropy import token_nats
+from textdiffusion.diffusion.unmasking import counted_steps
 from textdiffusion.errors import UserError
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.cross_entropy import token_nats
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.schedules import SCHEDULES
 from textdiffusion.process import Context, Network, Nll, Prediction, State, as_network
-from textdiffusion.schedules import SCHEDULES
-from textdiffusion.steps.unmasking import counted_steps
 
 
 @dataclass

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from textdiffusion.coded import Coded, CodedConfig, Guess, Said
+from textdiffusion.diffusion.coded import Coded, CodedConfig, Guess, Said
+from textdiffusion.diffusion.guidance import guided_law
 from textdiffusion.errors import UserError
-from textdiffusion.gaussian import from_x_0, to_x_0
-from textdiffusion.guidance import guided_law
+from textdiffusion.mathematics.gaussian import from_x_0, to_x_0
 from textdiffusion.process import Context, Network
 
 # Log-SNR, a real, at which a real prediction of x_0 is taken for a noisy view of the token's embedding.

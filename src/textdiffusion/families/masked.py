@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor
 
-from textdiffusion.absorbing import (
+from textdiffusion.diffusion.absorbing import (
     AnyOrder,
     by_row,
     carry_over,
@@ -29,12 +29,12 @@ from textdiffusion.absorbing import (
     hide_counts,
     mask_rates,
 )
-from textdiffusion.cross_entropy import token_nats
+from textdiffusion.diffusion.unmasking import unmasking_steps
 from textdiffusion.errors import UserError
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.cross_entropy import token_nats
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.schedules import SCHEDULES
 from textdiffusion.process import Context, Network, Nll, Prediction, State, as_network
-from textdiffusion.schedules import SCHEDULES
-from textdiffusion.steps.unmasking import unmasking_steps
 
 
 @dataclass

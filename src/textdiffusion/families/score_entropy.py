@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from textdiffusion.conditioning import random_given
+from textdiffusion.diffusion.conditioning import random_given
+from textdiffusion.diffusion.guidance import guided_law
+from textdiffusion.diffusion.replacing import SMALLEST, Bridge, Outlook, Replacing, Rewriting
 from textdiffusion.errors import UserError
-from textdiffusion.guidance import guided_law
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.schedules import SCHEDULES, bell, geometric
 from textdiffusion.process import Context, Network, Prediction, Reshape, State, as_network
-from textdiffusion.replacing import SMALLEST, Bridge, Outlook, Replacing, Rewriting
-from textdiffusion.schedules import SCHEDULES, bell, geometric
 
 
 @dataclass

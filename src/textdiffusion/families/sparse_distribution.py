@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textdiffusion.absorbing import (
+from textdiffusion.diffusion.absorbing import (
     AnyOrder,
     by_row,
     carry_over,
@@ -43,14 +43,14 @@ from textdiffusion.absorbing import (
     hide_counts,
     mask_rates,
 )
-from textdiffusion.conditioning import at_least_one
-from textdiffusion.cross_entropy import token_nats
+from textdiffusion.diffusion.conditioning import at_least_one
+from textdiffusion.diffusion.unmasking import RandomOrder, unmasking_steps
 from textdiffusion.errors import UserError
+from textdiffusion.mathematics.cross_entropy import token_nats
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.schedules import SCHEDULES
 from textdiffusion.networks.candidates import Slots, with_elsewhere
-from textdiffusion.noise import Noise
 from textdiffusion.process import Context, Network, Nll, Prediction, State, as_network
-from textdiffusion.schedules import SCHEDULES
-from textdiffusion.steps.unmasking import RandomOrder, unmasking_steps
 
 
 @dataclass

@@ -20,14 +20,14 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from textdiffusion.conditioning import random_given
-from textdiffusion.cross_entropy import token_nats
+from textdiffusion.diffusion.conditioning import random_given
+from textdiffusion.diffusion.renewing import Renewal, Renewing
+from textdiffusion.diffusion.replacing import Bridge, Outlook, Replacing
 from textdiffusion.errors import UserError
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.cross_entropy import token_nats
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.schedules import SCHEDULES, bell
 from textdiffusion.process import Context, Network, State, as_network
-from textdiffusion.replacing import Bridge, Outlook, Replacing
-from textdiffusion.schedules import SCHEDULES, bell
-from textdiffusion.steps.renewing import Renewal, Renewing
 
 
 @dataclass

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
+from textdiffusion.display.replay.canvas import player
+from textdiffusion.display.replay.recording import Panel, Recording, difference
 from textdiffusion.errors import UserError
-from textdiffusion.replay.canvas import player
-from textdiffusion.replay.recording import Panel, Recording, difference
 from textdiffusion.ui.loaded import MOST_TEXTS, MOST_TOKENS, Loaded
 from textdiffusion.ui.streaming import show
 from textdiffusion.ui.trial import check_pattern

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from textdiffusion.display.frames import Cell, based, degree, one_line, pieces_of, visible
+from textdiffusion.display.replay.canvas import player
+from textdiffusion.display.replay.recording import Panel, Recording
 from textdiffusion.errors import UserError
-from textdiffusion.frames import Cell, based, degree, one_line, pieces_of, visible
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.process import State
-from textdiffusion.replay.canvas import player
-from textdiffusion.replay.recording import Panel, Recording
-from textdiffusion.template import encode
+from textdiffusion.text.template import encode
 from textdiffusion.ui.loaded import Loaded
 
 TIMES = 33  # noise levels, 0 and 1 among them

@@ -17,7 +17,7 @@ from textdiffusion.errors import UserError
 from textdiffusion.families import family, names
 from textdiffusion.loading import load
 from textdiffusion.model import Model
-from textdiffusion.template import Template, gaps, prompt
+from textdiffusion.text.template import Template, gaps, prompt
 
 MOST_TEXTS = 8
 MOST_TOKENS = 4096  # of all texts that are written at once

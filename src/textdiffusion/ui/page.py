@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
+from textdiffusion.display.replay.canvas import hint
 from textdiffusion.errors import UserError
-from textdiffusion.replay.canvas import hint
 from textdiffusion.ui import acts, inside
 from textdiffusion.ui.acts import EVERY_TOKEN, Wish
 from textdiffusion.ui.loaded import MOST_TEXTS, Loaded

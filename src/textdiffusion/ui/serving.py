@@ -22,7 +22,7 @@ def look() -> dict[str, Any]:
     """What both ways of serving are given: style, script, and nothing of gradio's own around the page."""
     import gradio as gr
 
-    from textdiffusion.replay.canvas import head
+    from textdiffusion.display.replay.canvas import head
     from textdiffusion.ui.page import CSS, SCRIPT
 
     theme = gr.themes.Default(

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from textdiffusion.display.frames import TextFrame
+from textdiffusion.display.replay.canvas import canvas, error, player
+from textdiffusion.display.replay.recording import Recording
 from textdiffusion.errors import UserError
-from textdiffusion.frames import TextFrame
-from textdiffusion.replay.canvas import canvas, error, player
-from textdiffusion.replay.recording import Recording
 
 LONGEST = 120.0  # seconds of one visitor's sampling, so that the next one has a turn
 OVERHEAD = 0.2  # at most this share of the time goes into showing

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from textdiffusion.mathematics.worlds import random_table
 from textdiffusion.process import Discrete, HasKernel, HasSignal, Process
 from textdiffusion.verification.bounds import bounds
 from textdiffusion.verification.contract import contract, real_network, units
@@ -26,7 +27,6 @@ from textdiffusion.verification.forward import kernel, signal
 from textdiffusion.verification.reals import reals_infilling, reals_sampler
 from textdiffusion.verification.reverse import infilling, sampler
 from textdiffusion.verification.subject import Check, L, Subject, V
-from textdiffusion.worlds import random_table
 
 __all__ = ["Check", "Subject", "parts", "verify"]
 

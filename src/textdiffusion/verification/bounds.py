@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from textdiffusion.errors import UserError
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.worlds import Table, copy, parity, random_table
 from textdiffusion.process import Discrete, HasCurve, HasKernel, HasPatterns, HasSignal
 from textdiffusion.verification.enumeration import (
     by_orders,
@@ -24,7 +25,6 @@ from textdiffusion.verification.enumeration import (
 )
 from textdiffusion.verification.reals import fitting, signal_call_bound
 from textdiffusion.verification.subject import DEVIATIONS, DRAWS, Check, L, Subject, V, most
-from textdiffusion.worlds import Table, copy, parity, random_table
 
 BLOCKS = 40  # of draws, whose means give the standard error: within a block draws are stratified
 RESOLUTION = 0.05  # share of a bound that its estimate may be off unseen, where so many draws can show it:

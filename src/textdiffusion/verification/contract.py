@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from textdiffusion.errors import UserError
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.worlds import Table, constant, random_table
 from textdiffusion.networks.bodies import BODIES, network_of
 from textdiffusion.networks.candidates import Slots
 from textdiffusion.networks.network import TextNetwork
 from textdiffusion.networks.shape import TransformerConfig
-from textdiffusion.noise import Noise
 from textdiffusion.process import Discrete, HasCandidates, HasCurve, HasKernel, HasPatterns, HasSignal, Network, Step
-from textdiffusion.sampling import sample
+from textdiffusion.sampling.reverse import sample
 from textdiffusion.verification.enumeration import integrated_bound, misfit, pattern_bound, prior_term
 from textdiffusion.verification.subject import DEVIATIONS, DRAWS, IMPROBABLE, ROUNDING, Check, L, Subject, V, most
-from textdiffusion.worlds import Table, constant, random_table
 
 
 def contract(subject: Subject) -> Iterator[Check]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from textdiffusion.errors import UserError
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.worlds import Table
 from textdiffusion.process import (
     Categorical,
     HasCurve,
@@ -29,7 +30,6 @@ from textdiffusion.process import (
     State,
     Step,
 )
-from textdiffusion.worlds import Table
 
 NODES = 80  # of the quadrature over time
 NORMAL_NODES = 41  # of the quadrature over each real of a Gaussian state
@@ -300,7 +300,7 @@ def _after(process: Process, step: Step, ways: _Ways, t: Tensor, s: Tensor, give
     stands: list[Tensor] = []
     chance: list[Tensor] = []
     after: list[Any] = []
-    # A family that remembers is called in every step, so that what it remembers goes on (sampling.py).
+    # A family that remembers is called in every step, so that what it remembers goes on (sampling/reverse.py).
     moving = asked.any(-1) | process.remembers
     for i in (~moving).nonzero().squeeze(-1).tolist():
         stands.append(here[i : i + 1])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.verification.enumeration import misfit, prior_term
 from textdiffusion.verification.subject import DEVIATIONS, DRAWS, IMPROBABLE, ROUNDING, Check, V, most
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from textdiffusion.errors import UserError
-from textdiffusion.gaussian import posterior
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.gaussian import posterior
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.worlds import Table, parity, random_table
 from textdiffusion.process import Categorical, Normal, Prediction, State
-from textdiffusion.sampling import sample
+from textdiffusion.sampling.reverse import sample
 from textdiffusion.verification.enumeration import at_time, misfit, noisy_states, prior_term
 from textdiffusion.verification.subject import DRAWS, IMPROBABLE, Check, Subject, V, most
-from textdiffusion.worlds import Table, parity, random_table
 
 POINTS = {1: 601, 2: 61}  # of the grid, by reals in a text
 COARSE = 81  # of one real, where every way to a point is followed by itself

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from textdiffusion.deterministic_order import order_nll
 from textdiffusion.errors import UserError
-from textdiffusion.noise import Noise
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.mathematics.worlds import random_table
 from textdiffusion.process import HasKernel
-from textdiffusion.sampling import sample
+from textdiffusion.sampling.deterministic_order import order_nll
+from textdiffusion.sampling.reverse import sample
 from textdiffusion.verification.enumeration import (
     call_bound,
     calls_of_bound,
@@ -25,7 +26,6 @@ from textdiffusion.verification.enumeration import (
     reversed_chain_error,
 )
 from textdiffusion.verification.subject import DRAWS, IMPROBABLE, ROUNDING, Check, L, Subject, V, most
-from textdiffusion.worlds import random_table
 
 WORLD = random_table(V, L)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
+from textdiffusion.mathematics.worlds import Table
 from textdiffusion.process import Network, Process
-from textdiffusion.worlds import Table
 
 V, L = 3, 3
 DRAWS = 4000

@@ -1,0 +1,1 @@
+"""What people look at: frames of text appearing, the terminal, plots, and replays for a browser."""

@@ -1,0 +1,1 @@
+"""What comes from elsewhere and goes there: the Hugging Face hub, and published checkpoints."""

@@ -1,1 +1,0 @@
-"""What families share of the reverse process."""

@@ -1,0 +1,1 @@
+"""Text as tokens: tokenizers, corpora and how they are split, windows, shards, and patterns of text."""
