@@ -240,9 +240,15 @@ def test_edit_marks_rewrites_and_proofreads(visit):
     tab.click("#td-rewrite")
     assert all(row.startswith("It was a ") and row.endswith(" day") for row in rows(done(tab, "edit")))
     assert "bright →" in tab.locator("#td-edit-canvas .td-note").inner_text()
+    tab.get_by_label("all of it, from some noise").check()
+    tab.fill("#td-edit-text textarea", "It was a bright day")
+    tab.click("#td-rewrite")
+    tab.locator("#td-edit-canvas .td-note", has_text="Kept of the characters").wait_for()
+    assert len(rows(done(tab, "edit"))) == 2
     choose(tab, "Run", "block")
-    tab.wait_for_function("() => document.querySelector('#td-rewrite').disabled")
+    tab.wait_for_function("() => document.querySelector('#td-mark').disabled")
     assert "block family" in tab.locator("#td-cannot").inner_text()
+    assert tab.get_by_label("what is marked").count() == 0
     assert not tab.locator("#td-proofread").is_visible()
     choose(tab, "Run", "uniform")
     tab.locator("#td-proofread").wait_for()

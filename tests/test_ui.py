@@ -374,6 +374,32 @@ def test_rewriting_keeps_what_is_not_marked(runs):
         list(acts.rewrite(runs["block"], marked(text), Wish(), threading.Event()))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_text_is_renoised_as_by_the_library(runs, family):
+    run, text = runs[family], "It was a bright day"
+    wish = Wish(text, n=2, length=1, seed=3)
+    body = written(acts.renoise(run, wish, 0.3, threading.Event()))
+    texts = body["panels"][0]["texts"]
+    assert texts == run.model.sample(2, edit=text, strength=0.3, seed=3)
+    assert body["note"].startswith("Kept of the characters: ")
+    assert all(new[:9] == text[:9] for new in texts) == (not run.model.process.infills)  # from its end
+    for text, strength, reason in (("", 0.3, "paste some"), ("It", 2.0, "0 to 1"), ("a" * 20_001, 0.3, "at most")):
+        with pytest.raises(UserError, match=reason):
+            list(acts.renoise(run, Wish(text), strength, threading.Event()))
+
+
+def test_labels_and_guidance_are_handed_on(runs, monkeypatch):
+    run, asked = runs["masked"], []
+    monkeypatch.setattr(type(run.model), "stream", lambda self, **how: asked.append(how) or iter(()))
+    for wish in (Wish(length=24, label="war", guidance=2.0), Wish(length=24, guidance=2.0)):
+        list(acts.write(run, wish, threading.Event()))
+    assert [(how["label"], how["guidance"]) for how in asked] == [("war", 2.0), (None, 0.0)]
+    # Guidance takes two calls for one, so of 32 there are 16 steps.
+    monkeypatch.setattr(type(run.model), "recommended", lambda self, calls, free, held=False: f"{calls} of {free}")
+    assert Wish(length=24, label="war", guidance=2.0, calls="32").sampler_of(run) == "16 of 24"
+    assert Wish(length=24, label="war", calls="32").sampler_of(run) == "32 of 24"
+
+
 def test_proofreading_is_the_librarys_and_refused_with_a_reason(runs):
     text = "The first day of it"
     body = written(acts.proofread(runs["uniform"], text, 0.3))
@@ -529,7 +555,7 @@ def test_the_app_answers_over_the_wire(runs):
         assert door.address.startswith("http://127.0.0.1:")
         client = Client(door.address, verbose=False, analytics_enabled=False)
         common = ["random", "one a token", 1, 1, 3]
-        job = client.submit("masked", "It was a ____ day", 24, 2, *common, False, "", api_name="/write")
+        job = client.submit("masked", "It was a ____ day", 24, 2, *common, False, "", "", 0, api_name="/write")
         pages = [page for page in job]  # noqa: C416
         assert recording_in(pages[-1])["panels"][0]["texts"] == runs["masked"].model.sample(
             2, infill="It was a ____ day", sampler="random", seed=3
@@ -537,7 +563,7 @@ def test_the_app_answers_over_the_wire(runs):
         for name, arguments, reason in (
             (
                 "/write",
-                ["masked", "It was a ____ day", 24, 2, "random", "one a token", 1, 0.05, None, False, ""],
+                ["masked", "It was a ____ day", 24, 2, "random", "one a token", 1, 0.05, None, False, "", "", 0],
                 "number",
             ),
             ("/rewrite", ["block", "a [[b]]", "what is marked", 0.4, 1, *common], "cannot"),
@@ -549,7 +575,7 @@ def test_the_app_answers_over_the_wire(runs):
             assert reason in said(answer.result()), name
         # Out of a slider's bounds, typed or sent: a sentence, not a fault.
         for length, n, reason in ((5000, 1, "1 to 24 tokens"), (24, 99, "1 to 8 texts")):
-            answer = client.submit("masked", "", length, n, *common, False, "", api_name="/write")
+            answer = client.submit("masked", "", length, n, *common, False, "", "", 0, api_name="/write")
             assert reason in said(answer.result())
     finally:
         door.close()

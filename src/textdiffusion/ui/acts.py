@@ -13,6 +13,7 @@ from typing import Any
 from textdiffusion.display.replay.canvas import player
 from textdiffusion.display.replay.recording import Panel, Recording, difference
 from textdiffusion.errors import UserError
+from textdiffusion.text.template import encode
 from textdiffusion.ui.loaded import MOST_TEXTS, MOST_TOKENS, Loaded
 from textdiffusion.ui.streaming import show
 from textdiffusion.ui.trial import check_pattern
@@ -37,12 +38,15 @@ class Wish:
     seed: int = 0
     stop: bool = False
     regex: str = ""
+    label: str = ""
+    guidance: float = 0.0
 
     def sampler_of(self, run: Loaded) -> str:
         """What "auto" comes to: the sampler that was measured to write best in so many calls."""
         template = run.template(self.text, self.length)
         free = self.length if template is None else int((~template.given).sum())
-        return run.model.recommended(calls_of(self.calls) or max(free, 1), free, held=bool(self.regex))
+        calls = (calls_of(self.calls) or 0) // (2 if self.label and self.guidance else 1)
+        return run.model.recommended(calls or max(free, 1), free, held=bool(self.regex))
 
     def check(self, run: Loaded) -> None:
         """Refuse what would take the machine down; all else is for the library to refuse.
@@ -50,8 +54,7 @@ class Wish:
         Raises:
             UserError: too many texts, or too many tokens at once.
         """
-        if len(self.text) > LONGEST_INPUT:
-            raise UserError(f"the text has {len(self.text):,} characters; this page takes at most {LONGEST_INPUT:,}")
+        check_text(self.text)
         if not 1 <= self.n <= MOST_TEXTS:
             raise UserError(f"this page writes 1 to {MOST_TEXTS} texts at once, not {self.n}")
         if reason := run.no_such_length(self.text, self.length):
@@ -75,8 +78,19 @@ class Wish:
         return {
             "n": self.n, "length": self.length, "calls": calls_of(self.calls), "sampler": self.sampler,
             "temperature": self.temperature, "top_p": None if self.top_p >= 1 else self.top_p, "seed": self.seed,
-            "stop": self.stop and run.stops, "regex": self.regex or None, **run.asked(self.text),
+            "stop": self.stop and run.stops, "regex": self.regex or None, "label": self.label or None,
+            "guidance": self.guidance if self.label else 0.0, **run.asked(self.text),
         }  # fmt: skip
+
+
+def check_text(text: str) -> None:
+    """Refuse a text that is too long to be read here.
+
+    Raises:
+        UserError: saying so.
+    """
+    if len(text) > LONGEST_INPUT:
+        raise UserError(f"the text has {len(text):,} characters; this page takes at most {LONGEST_INPUT:,}")
 
 
 def calls_of(text: str) -> int | None:
@@ -178,6 +192,29 @@ def rewrite(run: Loaded, parts: Sequence[tuple[str, bool]], wish: Wish, stop: th
 
     settings = asdict(wish) | {"original": "".join(p for p, _ in parts), "panels": [panel.title]}
     yield from show(Recording([panel], settings), [run.model.stream(**wish.how(run))], stop, finish=finish)
+
+
+def renoise(run: Loaded, wish: Wish, strength: float, stop: threading.Event) -> Iterator[str]:
+    """A whole text made noisy to some degree, and written anew from there (sampling/editing.py).
+
+    Raises:
+        UserError: no text, an impossible strength, or a text that is too long.
+    """
+    if not wish.text:
+        raise UserError("there is no text to rewrite; paste some")
+    check_text(wish.text)
+    free = Wish(**asdict(wish) | {"text": "", "length": len(encode(wish.text, run.model.tokenizer))})
+    free.check(run)
+    panel = Panel(f"{run.name} · {free.sampler_of(run) if wish.sampler == 'auto' else wish.sampler}")
+
+    def finish(recording: Recording) -> str:
+        old, news = wish.text, recording.panels[0].texts
+        kept = [sum(a == b for a, b in zip(old, new)) / max(len(old), 1) for new in news]
+        return "Kept of the characters: " + ", ".join(f"{share:.0%}" for share in kept)
+
+    settings = asdict(wish) | {"strength": strength, "panels": [panel.title]}
+    how = free.how(run) | {"length": None, "edit": wish.text, "strength": strength}
+    yield from show(Recording([panel], settings), [run.model.stream(**how)], stop, finish=finish)
 
 
 def proofread(run: Loaded, text: str, share: float) -> Iterator[str]:

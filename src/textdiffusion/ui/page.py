@@ -18,6 +18,8 @@ from textdiffusion.ui.streaming import Jobs, told
 WAITING = 64  # visitors in the queue; the next one is asked to come back
 CALLS = [EVERY_TOKEN, "1", "2", "4", "8", "16", "32", "64", "128", "256"]
 EMPTY = "nothing: write freely"
+# What the tab Edit rewrites.
+MARKED, WORDS, ALL = "what is marked", "words at random", "all of it, from some noise"
 # What a control holds is handed over as it is: gradio would answer a number out of a slider's bounds with a fault, for
 # which the acts have a sentence.
 AS_IS: dict[str, Any] = {"preprocess": False}
@@ -87,6 +89,15 @@ class Page:
         seed = gr.Number(0, label="Seed", precision=0, info="the same seed gives the same texts")
         return [sampler, calls, temperature, top_p, seed]
 
+    def _labels(self, run: Loaded) -> list[Any]:
+        """Label and guidance, for runs that have learnt with labels."""
+        label = gr.Dropdown(**_label(run), elem_id="td-label")
+        guidance = gr.Slider(
+            0, 5, value=0, step=0.25, label="Guidance", visible=bool(run.model.config.labels),
+            info="more of the label than the run has learnt, at two network calls for one",
+        )  # fmt: skip
+        return [label, guidance]
+
     def _buttons(self, name: str) -> tuple[gr.Button, gr.Button]:
         with gr.Row():
             go = gr.Button(name, variant="primary", elem_id=f"td-{name.lower()}", elem_classes="td-go", min_width=100)
@@ -130,6 +141,7 @@ class Page:
                 with gr.Row():
                     length = gr.Slider(**_length(run))
                     n = gr.Slider(1, MOST_TEXTS, value=2, step=1, label="Texts")
+                labels = self._labels(run)
                 with gr.Accordion("Pattern, sampler, temperature, seed", open=False):
                     regex = gr.Textbox(label="Pattern", info="a regular expression that the whole text matches",
                                        placeholder="[A-Z][a-z ,]+\\.", lines=1, elem_id="td-regex")  # fmt: skip
@@ -139,14 +151,15 @@ class Page:
                 output = _canvas("Press Write, and watch the text appear here.", "write")
 
         def act(name: str, text: str, length: int, n: int, sampler: str, calls: str, temperature: float, top_p: float,
-                seed: int, ends: bool, regex: str, request: gr.Request) -> Iterator[str]:  # fmt: skip
+                seed: int, ends: bool, regex: str, label: str, guidance: float,
+                request: gr.Request) -> Iterator[str]:  # fmt: skip
             def pages(flag: Any) -> Iterator[str]:
-                wish = _wish(text, n, length, calls, sampler, temperature, top_p, seed, ends, regex)
+                wish = _wish(text, n, length, calls, sampler, temperature, top_p, seed, ends, regex, label, guidance)
                 return acts.write(self._run(name), wish, flag)
 
             yield from self._job(request, pages)
 
-        inputs = [chosen, text, length, n, *sampling, ends, regex]
+        inputs = [chosen, text, length, n, *sampling, ends, regex, *labels]
         self._wire([go.click, text.submit], stop, act, inputs, output, "write")
         gr.on([text.change, length.change, chosen.change], self._count, [chosen, text, length], count,
               trigger_mode="always_last", **QUIET)  # fmt: skip
@@ -157,9 +170,11 @@ class Page:
             return [
                 new.describe(), gr.update(**_template(new)), gr.update(**_examples(new)), gr.update(**_length(new)),
                 gr.update(**_samplers(new)), gr.update(**_calls(new)), gr.update(visible=new.stops),
+                gr.update(**_label(new)), gr.update(visible=bool(new.model.config.labels), value=0),
             ]  # fmt: skip
 
-        chosen.change(switch, chosen, [about, text, example, length, sampling[0], sampling[1], ends], **QUIET)
+        changed = [about, text, example, length, sampling[0], sampling[1], ends, *labels]
+        chosen.change(switch, chosen, changed, **QUIET)
 
     def _run(self, name: str) -> Loaded:
         if name not in self.runs:
@@ -182,8 +197,9 @@ class Page:
                 )  # fmt: skip
                 mark = gr.Button("Mark the selection", size="sm", elem_id="td-mark")
                 go, stop = self._buttons("Rewrite")
-                how = gr.Radio(["what is marked", "words at random"], value="what is marked", label="Rewrite")
-                share = gr.Slider(0.05, 1, value=0.4, step=0.05, label="Strength: share of the text", visible=False)
+                how = gr.Radio(**_ways(run), label="Rewrite")
+                share = gr.Slider(0.05, 1, value=0.4, step=0.05, label="Strength: share of the text",
+                                  visible=bool(run.no_rewriting))  # fmt: skip
                 n = gr.Slider(1, MOST_TEXTS, value=2, step=1, label="Versions")
                 with gr.Accordion("Sampler, temperature, seed", open=False):
                     sampling = self._sampling(run)
@@ -198,12 +214,10 @@ class Page:
                 top_p: float, seed: int, request: gr.Request) -> Iterator[str]:  # fmt: skip
             def pages(flag: Any) -> Iterator[str]:
                 run, wish = self._run(name), _wish(text, n, 1, calls, sampler, temperature, top_p, seed, False)
-                wish_parts = (
-                    acts.marked(wish.text)
-                    if how == "what is marked"
-                    else acts.chosen_words(wish.text, float(share), wish.seed)
-                )
-                return acts.rewrite(run, wish_parts, wish, flag)
+                if how == ALL:
+                    return acts.renoise(run, wish, float(share), flag)
+                parts = acts.marked(wish.text) if how == MARKED else acts.chosen_words(wish.text, share, wish.seed)
+                return acts.rewrite(run, parts, wish, flag)
 
             yield from self._job(request, pages)
 
@@ -215,18 +229,18 @@ class Page:
                    concurrency_id="sampling", concurrency_limit=1, **AS_IS)  # fmt: skip
         # The browser alone knows what is selected.
         mark.click(None, text, text, js=_MARK_JS, api_visibility="private")
-        how.change(lambda how: gr.update(visible=how != "what is marked"), how, share, **QUIET)
+        how.change(lambda how: gr.update(visible=how != MARKED), how, share, **QUIET)
 
         def switch(name: str) -> list[Any]:
             new = self._run(name)
-            able = not new.no_rewriting
             return [
-                _cannot(new), gr.update(interactive=able), gr.update(interactive=able), gr.update(**_samplers(new)),
-                gr.update(**_calls(new)), gr.update(visible=not new.no_proofreading),
+                _cannot(new), gr.update(**_ways(new)), gr.update(visible=bool(new.no_rewriting)),
+                gr.update(interactive=not new.no_rewriting), gr.update(**_samplers(new)), gr.update(**_calls(new)),
+                gr.update(visible=not new.no_proofreading),
             ]  # fmt: skip
 
-        gr.on([chosen.change], switch, chosen, [cannot, go, mark, sampling[0], sampling[1], proof], **QUIET)
-        go.interactive = mark.interactive = not run.no_rewriting
+        gr.on([chosen.change], switch, chosen, [cannot, how, share, mark, sampling[0], sampling[1], proof], **QUIET)
+        mark.interactive = not run.no_rewriting
 
     # -- Compare ----------------------------------------------------------------------------------------------------
     def _compare(self) -> None:
@@ -300,11 +314,11 @@ _MARK_JS = """(text) => {
 
 
 def _wish(text: str | None, n: Any, length: Any, calls: Any, sampler: str, temperature: Any, top_p: Any, seed: Any,
-          ends: bool, regex: str | None = "") -> Wish:  # fmt: skip
+          ends: bool, regex: str | None = "", label: str | None = "", guidance: Any = 0) -> Wish:  # fmt: skip
     """Controls as a wish; an emptied number is a mistake of the user's."""
     try:
         return Wish(text or "", int(n), int(length), str(calls or EVERY_TOKEN), sampler or "auto", float(temperature),
-                    float(top_p), int(seed), bool(ends), regex or "")  # fmt: skip
+                    float(top_p), int(seed), bool(ends), regex or "", label or "", float(guidance))  # fmt: skip
     except (TypeError, ValueError, OverflowError):
         raise UserError("a number is missing among the controls; fill it in") from None
 
@@ -318,6 +332,12 @@ def _samplers(run: Loaded) -> dict[str, Any]:
     notes = [(f"{name}: {step.note}", name) for name, step in run.model.process.steps.items()]
     best = ("auto: what was measured to write best in so many calls", "auto")
     return {"choices": [best, *notes], "value": "auto", "label": "Sampler", "interactive": len(notes) > 1}
+
+
+def _label(run: Loaded) -> dict[str, Any]:
+    names = run.model.config.labels
+    return {"choices": [("any", ""), *((name, name) for name in names)], "value": "", "label": "Label",
+            "visible": bool(names)}  # fmt: skip
 
 
 def _calls(run: Loaded) -> dict[str, Any]:
@@ -337,6 +357,12 @@ def _template(run: Loaded) -> dict[str, Any]:
 
 def _examples(run: Loaded) -> dict[str, Any]:
     return {"choices": [(text or EMPTY, text) for text in run.examples()], "value": ""}
+
+
+def _ways(run: Loaded) -> dict[str, Any]:
+    """What can be rewritten: families from left to right make the end of a text noise, and write that anew."""
+    ways = [ALL] if run.no_rewriting else [MARKED, WORDS, ALL]
+    return {"choices": ways, "value": ways[0]}
 
 
 def _cannot(run: Loaded) -> str:
