@@ -25,9 +25,10 @@ from textdiffusion.mathematics.automaton import Automaton
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.mathematics.worlds import random_table
 from textdiffusion.process import Discrete, Prediction, State
-from textdiffusion.sampling.constraints import Hold, reshape_uncut
+from textdiffusion.sampling.constraints import Hold, hold_gaps, reshape_uncut
 from textdiffusion.sampling.reverse import sample
 from textdiffusion.text.patterns import expression
+from textdiffusion.text.template import Template
 from textdiffusion.verification.enumeration import enumerated_law, misfit
 from textdiffusion.verification.subject import IMPROBABLE, Subject
 
@@ -177,6 +178,31 @@ def test_particles_tend_to_the_worlds_law_given_the_pattern_and_one_does_not():
     assert apart[2] < 0.04, apart  # as many draws of the very law: 0.02
 
 
+@pytest.mark.parametrize("name", ["autoregressive", "block"])
+def test_gaps_of_families_from_left_to_right_come_to_the_exact_conditional(name):
+    """They are held to what stands behind a gap: with one particle they do not foresee it, with many they do."""
+    process, tokens = Subject(family(name)).ideal(WORLD), torch.tensor([0, 1, 0])
+    given = torch.tensor([False, False, True])
+    target = WORLD.p * (WORLD.texts[:, 2] == 0)
+    target, rows, apart = target / target.sum(), 2000, []
+    for particles in (1, 24):
+        prefix, hold = hold_gaps(Template(tokens, given), V, particles)
+        assert not prefix.given.any()
+        *_, last = sample(process, Noise.of(4, rows), L, L, hold=hold)
+        counts = torch.bincount(WORLD.index(last.tokens), minlength=len(TEXTS)).double()
+        assert float(counts[WORLD.texts[:, 2] != 0].sum()) == 0
+        apart.append(0.5 * float((counts / rows - target).abs().sum()))
+    assert apart[1] < 0.06 and 3 * apart[1] < apart[0], apart  # as many draws of the very law: 0.015
+    prefix, _ = hold_gaps(Template(tokens, torch.tensor([True, False, True])), V, 1)
+    assert prefix.given.tolist() == [True, False, False]
+
+
+def test_the_automaton_of_a_template_is_that_of_its_pattern():
+    made = Automaton.of_template(np.array([0, 1, 0]), np.array([True, False, True]), V)
+    texts = WORLD.texts.numpy()
+    assert (made.matches(texts) == automaton("a.a").matches(texts)).all() and made.lengths(9) == [3]
+
+
 @pytest.mark.parametrize("name", ["masked", "uniform", "score_entropy"])
 def test_what_is_given_stays_and_the_whole_text_matches(name):
     subject = Subject(family(name))
@@ -268,6 +294,8 @@ def test_every_text_of_every_family_satisfies_every_pattern(model):
         assert set(re.findall("[A-Za-z]+", text)) <= {"The", "Cat", "Sat", "cat", "sat"}, text
     for text in model.sample(2, 24, 5, acrostic="abc", regex=r"[^0-9]*", particles=3):
         assert [line[0].lower() for line in text.split("\n")] == ["a", "b", "c"] and not re.search("[0-9]", text)
+    for text in model.infill("The ___ of the __.", n=2):
+        assert text.startswith("The ") and " of the " in text and text.endswith(".")
     one = model.sample(3, 20, 4, regex="[a-z ]*", particles=2, reproducible=True)
     assert model.sample(1, 20, 4, regex="[a-z ]*", particles=2, reproducible=True) == one[:1]
 
@@ -300,6 +328,8 @@ def test_what_cannot_be_satisfied_is_refused_with_lengths(tmp_path, capsys):
     recorder = td.train(tmp_path / "ar", family="autoregressive", depth=1, steps=1, length=24, settings=SETTINGS)
     with pytest.raises(UserError, match="leave out --stop"):
         recorder.sample(1, regex="a*", stop=True)
+    with pytest.raises(UserError, match="leave one of them out"):
+        recorder.sample(1, regex="a*", infill="a__a")
 
 
 def test_euler_with_uniform_noise_is_refused_by_name():

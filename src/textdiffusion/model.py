@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -29,7 +30,7 @@ from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.network import TextNetwork
 from textdiffusion.parallel.distributed import ALONE, Group
 from textdiffusion.process import Process
-from textdiffusion.sampling.constraints import Hold, refusal
+from textdiffusion.sampling.constraints import Hold, hold_gaps, refusal
 from textdiffusion.sampling.editing import Edit, mend
 from textdiffusion.sampling.pacing import levels_of
 from textdiffusion.sampling.recommendation import recommend
@@ -41,6 +42,7 @@ from textdiffusion.text.template import Template, encode, gaps, prompt
 from textdiffusion.text.tokenizer import Tokenizer
 
 BATCH = 32  # texts denoised together
+GAP_PARTICLES = 16  # of a text whose gaps are filled from left to right
 FIXED_BATCH = 8  # the same, where shapes must not depend on how many texts are asked for
 
 
@@ -130,12 +132,6 @@ class Model:
             template = prompt(begin, self.window if length is None else length, self.tokenizer)
         else:
             return None
-        if not self.process.infills and bool((template.given[1:] & ~template.given[:-1]).any()):
-            able = [n for n in names() if family(n).infills]
-            raise UserError(
-                f"the {self.config.family} family writes on from a prompt and cannot fill gaps; "
-                f"use --prompt, or a run of: {', '.join(able)}"
-            )
         return template
 
     def _hold(self, pattern: Pattern, length: int, template: Template | None, particles: int) -> Hold | None:
@@ -170,7 +166,7 @@ class Model:
         must_contain: str | Sequence[str] = (),
         words: str | Path | Iterable[str] | None = None,
         acrostic: str | None = None,
-        particles: int = 1,
+        particles: int | None = None,
         label: str | None = None,
         guidance: float = 0.0,
         ramp: float = 0.0,
@@ -196,7 +192,8 @@ class Model:
             regex: what the whole text matches. must_contain: text, or several, that occurs in it. words: the only words
                 that it has, or a file of them. acrostic: letters with which its lines begin. All at once, if several.
             particles: runs from which each such text is drawn by weight; with many, texts have the model's law given
-                the pattern, with one they only match it (constraints.py).
+                the pattern, with one, as by default, they only match it (constraints.py). Families from left to right
+                fill gaps that way too, by default with GAP_PARTICLES, for they see what follows a gap only so.
             label: of the texts, one of those the run was trained with. guidance: how much more of it than the model has
                 learnt, at two network calls for one; ramp: the share of the run over which that grows (guidance.py).
             reward: texts to how much oftener they are wanted than the model writes them, in nats (steering.py); it may
@@ -209,7 +206,7 @@ class Model:
         """
         check_writing(n, None, calls, temperature, top_p, prompt, infill, top_k, edit)
         check_label(label, self.config.labels, guidance, ramp)
-        if not 1 <= particles <= LONGEST:
+        if particles is not None and not 1 <= particles <= LONGEST:
             raise UserError(f"--particles must be from 1 to {LONGEST:,}, not {particles}")
         if stop and self.process.infills:
             able = [name for name in names() if not family(name).infills]
@@ -217,7 +214,8 @@ class Model:
                 f"the {self.config.family} family writes all of a text at once and cannot stop at its end; leave out "
                 f"--stop, or use a run of: {', '.join(able)}"
             )
-        template = self._template(length, prompt, infill)
+        whole = template = self._template(length, prompt, infill)
+        hold: Hold | None
         old = None if edit is None else encode(edit, self.tokenizer)
         if old is not None and (not len(old) or (length is not None and length != len(old))):
             raise UserError(f"a text that is edited keeps its length, here {len(old)} tokens; leave out --length")
@@ -228,7 +226,18 @@ class Model:
         elif length is None:
             length = self.window
         self._check_length(length)
-        hold = self._hold(Pattern.of(regex, must_contain, words, acrostic), length, template, particles)
+        pattern = Pattern.of(regex, must_contain, words, acrostic)
+        if template is not None and not self.process.infills and template.gapped:
+            if pattern != Pattern():
+                raise UserError(
+                    f"the {self.config.family} family fills gaps by being held to what is around them, and cannot be "
+                    "held to a pattern as well; leave one of them out"
+                )
+            particles = particles or GAP_PARTICLES
+            template, hold = hold_gaps(template, self.process.vocabulary, particles)
+        else:
+            particles = particles or 1
+            hold = self._hold(pattern, length, template, particles)
         steer = None if reward is None else steer_by(reward, self.tokenizer.decode, particles)
         if particles != 1 and hold is None and steer is None:
             raise UserError("--particles goes with a pattern (--regex, --must-contain, --words, --acrostic) or reward")
@@ -236,6 +245,7 @@ class Model:
             raise UserError("a pattern is one of whole texts of a given length; leave out --stop")
         noise = Noise(seed, np.arange(first_row, first_row + n), n, device=self.device)
         tokens = given = None
+        known = torch.zeros(n, length, dtype=torch.bool) if whole is None else whole.given.expand(n, -1)
         if template is not None:
             tokens = template.tokens.to(self.device).expand(n, -1)
             given = template.given.to(self.device).expand(n, -1)
@@ -247,13 +257,14 @@ class Model:
             sampler = self.recommended(max(1, calls // twice), free, held=hold is not None)
         chosen = self.grid(grid)
         self.used = (sampler, chosen.name)
-        known = torch.zeros(n, length, dtype=torch.bool) if given is None else given.cpu()
         for frame in sample(
             self.writer.on(chosen), noise, length, calls, sampler=sampler, tokens=tokens, given=given,
             temperature=temperature, top_p=top_p, top_k=top_k, hold=hold, condition=condition,
             guidance=Guidance(guidance, ramp), steer=steer, until=self.tokenizer.end_of_text if stop else None,
             edit=None if old is None else Edit(old.to(self.device).expand(n, -1), strength),
         ):  # fmt: skip
+            if whole is not None and whole is not template:  # what is given behind gaps is seen from the start, though written later
+                frame = replace(frame, tokens=torch.where(known, whole.tokens, frame.tokens.cpu()))
             yield TextFrame(frame, known, self.tokenizer, stop, revises(self.process))
 
     def sample(self, n: int = 4, length: int | None = None, calls: int | None = None, **how: Any) -> list[str]:
@@ -289,7 +300,8 @@ class Model:
         # Families that draw all positions anew hold several numbers for every symbol at each.
         width = self.tokenizer.vocabulary * (length or self.window)
         size = min(FIXED_BATCH if reproducible else BATCH, max(1, 2**24 // width))
-        size = max(1, size // max(how.get("particles", 1), 1))
+        gaps_held = how.get("infill") is not None and not self.process.infills
+        size = max(1, size // max(how.get("particles") or (GAP_PARTICLES if gaps_held else 1), 1))
         if not reproducible:
             size = min(size, self.group.most(n))
         for number, first in enumerate(range(0, n, size)):

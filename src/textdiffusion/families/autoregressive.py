@@ -48,7 +48,7 @@ class Autoregressive(Hiding):
     """The autoregressive baseline; see the head of the file."""
 
     Config: ClassVar[type] = AutoregressiveConfig
-    summary: ClassVar[str] = "left to right, one token a call; exact likelihood; prompts, but no infilling"
+    summary: ClassVar[str] = "left to right, one token a call; exact likelihood; prompts, and gaps filled by particles"
     paper: ClassVar[str] = "the usual causal language model"
     bounded: ClassVar[bool] = False
     infills: ClassVar[bool] = False

@@ -133,6 +133,18 @@ class Automaton:
         self.step, self.accepts = minimal(step, automaton.accepts)
         self._feasible = [self.accepts]
 
+    @classmethod
+    def of_template(cls, tokens: np.ndarray, given: np.ndarray, vocabulary: int) -> Automaton:
+        """The automaton of the texts of L tokens that have those ``given``, bool [L], of ``tokens``, int64 [L]."""
+        length = len(tokens)
+        step = np.full((length + 2, vocabulary), length + 1)
+        for i in range(length):
+            step[i, tokens[i] if given[i] else slice(None)] = i + 1
+        made = cls.__new__(cls)
+        made.step, made.accepts = step, np.arange(length + 2) == length
+        made._feasible = [made.accepts]
+        return made
+
     def __len__(self) -> int:
         """Q."""
         return len(self.step) - 1

@@ -36,6 +36,7 @@ from textdiffusion.mathematics.categorical import draw, reshape_law
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.process import Process, Step
 from textdiffusion.sampling.particles import Particles
+from textdiffusion.text.template import Template
 
 COLDEST = 1e-6  # stands for temperature 0: the likeliest text that matches
 CUT = 1e4  # nats that a token costs which top-p leaves out
@@ -99,6 +100,12 @@ class Hold:
         self.foreseen[rows.cpu().numpy()] = self.automaton.log_chance(
             log_p.cpu().numpy(), draft.positions.cpu().numpy(), self.written
         )
+
+
+def hold_gaps(template: Template, vocabulary: int, particles: int) -> tuple[Template, Hold]:
+    """Gaps for a family from left to right, which is given what stands before the first one, and held to the rest."""
+    automaton = Automaton.of_template(template.tokens.numpy(), template.given.numpy(), vocabulary)
+    return Template(template.tokens, template.given.cumprod(0).bool()), Hold(automaton, particles)
 
 
 def refusal(automaton: Automaton, flags: str, tokens: Tensor, given: Tensor, longest: int) -> str | None:

@@ -25,6 +25,11 @@ class Template:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def gapped(self) -> bool:
+        """Whether anything that is given stands behind what is to be written."""
+        return bool((self.given[1:] & ~self.given[:-1]).any())
+
 
 def _join(parts: Sequence[tuple[list[int], bool]]) -> Template:
     tokens = [t for ids, _ in parts for t in ids]

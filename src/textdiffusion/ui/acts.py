@@ -168,10 +168,8 @@ def rewrite(run: Loaded, parts: Sequence[tuple[str, bool]], wish: Wish, stop: th
     """Write the marked pieces of a text anew, each in as many tokens as it has.
 
     Raises:
-        UserError: a family that writes only from left to right, or a text that is too long.
+        UserError: a text that is too long.
     """
-    if run.no_rewriting:
-        raise UserError(run.no_rewriting)
     tokens = run.model.tokenizer
     if any(one.endswith("\\") and chosen for (one, _), (_, chosen) in pairwise(parts)):
         raise UserError("a backslash right before a mark would make a plain underscore of it; mark the backslash too")

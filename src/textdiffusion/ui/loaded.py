@@ -14,7 +14,6 @@ import torch
 from textdiffusion.catalogue import listing
 from textdiffusion.config import run_to_use
 from textdiffusion.errors import UserError
-from textdiffusion.families import family, names
 from textdiffusion.loading import load
 from textdiffusion.model import Model
 from textdiffusion.text.template import Template, gaps, prompt
@@ -54,17 +53,6 @@ class Loaded:
     def stops(self) -> bool:
         """Whether a text can end where its document ends."""
         return not self.model.process.infills
-
-    @property
-    def no_rewriting(self) -> str:
-        """Why it cannot write in the middle of a text; empty if it can."""
-        if self.model.process.infills:
-            return ""
-        able = [name for name in names() if family(name).infills]
-        return (
-            f"{self.name} is of the {self.model.config.family} family, which writes on from a beginning and cannot "
-            f"rewrite inside a text. Runs of these families can: {', '.join(able)}."
-        )
 
     @property
     def no_proofreading(self) -> str:
@@ -131,8 +119,7 @@ class Loaded:
             if template is None:
                 usable.append(text)
                 continue
-            inside = bool((template.given[1:] & ~template.given[:-1]).any())
-            if len(template) <= self.longest and (self.model.process.infills or not inside):
+            if len(template) <= self.longest:
                 usable.append(text)
         return usable
 

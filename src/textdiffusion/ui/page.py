@@ -17,6 +17,7 @@ from textdiffusion.ui.streaming import Jobs, told
 
 WAITING = 64  # visitors in the queue; the next one is asked to come back
 CALLS = [EVERY_TOKEN, "1", "2", "4", "8", "16", "32", "64", "128", "256"]
+HINT = "underscores mark what is to be written, one a token; a text without any is written on; empty: written freely"
 EMPTY = "nothing: write freely"
 # What the tab Edit rewrites.
 MARKED, WORDS, ALL = "what is marked", "words at random", "all of it, from some noise"
@@ -134,7 +135,7 @@ class Page:
             with gr.Column(scale=2, min_width=320):
                 chosen = self._choose_run()
                 about = gr.Markdown(run.describe(), elem_id="td-about")
-                text = gr.Textbox(label="Template", lines=3, max_lines=10, elem_id="td-template", **_template(run))
+                text = gr.Textbox(label="Template", lines=3, max_lines=10, elem_id="td-template", info=HINT)
                 count = gr.Markdown(run.count("", run.model.window), elem_id="td-count")
                 example = gr.Dropdown(label="Examples", **_examples(run))
                 go, stop = self._buttons("Write")
@@ -168,12 +169,12 @@ class Page:
         def switch(name: str) -> list[Any]:
             new = self._run(name)
             return [
-                new.describe(), gr.update(**_template(new)), gr.update(**_examples(new)), gr.update(**_length(new)),
+                new.describe(), gr.update(**_examples(new)), gr.update(**_length(new)),
                 gr.update(**_samplers(new)), gr.update(**_calls(new)), gr.update(visible=new.stops),
                 gr.update(**_label(new)), gr.update(visible=bool(new.model.config.labels), value=0),
             ]  # fmt: skip
 
-        changed = [about, text, example, length, sampling[0], sampling[1], ends, *labels]
+        changed = [about, example, length, sampling[0], sampling[1], ends, *labels]
         chosen.change(switch, chosen, changed, **QUIET)
 
     def _run(self, name: str) -> Loaded:
@@ -190,16 +191,15 @@ class Page:
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 chosen = self._choose_run()
-                cannot = gr.Markdown(_cannot(run), elem_id="td-cannot")
+                cannot = gr.Markdown(run.no_proofreading, elem_id="td-cannot")
                 text = gr.Textbox(
                     label="Text", lines=3, max_lines=10, elem_id="td-edit-text",
                     info="select what is to be rewritten and press Mark; or rewrite words at random",
                 )  # fmt: skip
                 mark = gr.Button("Mark the selection", size="sm", elem_id="td-mark")
                 go, stop = self._buttons("Rewrite")
-                how = gr.Radio(**_ways(run), label="Rewrite")
-                share = gr.Slider(0.05, 1, value=0.4, step=0.05, label="Strength: share of the text",
-                                  visible=bool(run.no_rewriting))  # fmt: skip
+                how = gr.Radio([MARKED, WORDS, ALL], value=MARKED, label="Rewrite")
+                share = gr.Slider(0.05, 1, value=0.4, step=0.05, label="Strength: share of the text", visible=False)
                 n = gr.Slider(1, MOST_TEXTS, value=2, step=1, label="Versions")
                 with gr.Accordion("Sampler, temperature, seed", open=False):
                     sampling = self._sampling(run)
@@ -234,13 +234,11 @@ class Page:
         def switch(name: str) -> list[Any]:
             new = self._run(name)
             return [
-                _cannot(new), gr.update(**_ways(new)), gr.update(visible=bool(new.no_rewriting)),
-                gr.update(interactive=not new.no_rewriting), gr.update(**_samplers(new)), gr.update(**_calls(new)),
+                new.no_proofreading, gr.update(**_samplers(new)), gr.update(**_calls(new)),
                 gr.update(visible=not new.no_proofreading),
             ]  # fmt: skip
 
-        gr.on([chosen.change], switch, chosen, [cannot, how, share, mark, sampling[0], sampling[1], proof], **QUIET)
-        mark.interactive = not run.no_rewriting
+        gr.on([chosen.change], switch, chosen, [cannot, sampling[0], sampling[1], proof], **QUIET)
 
     # -- Compare ----------------------------------------------------------------------------------------------------
     def _compare(self) -> None:
@@ -350,20 +348,5 @@ def _length(run: Loaded) -> dict[str, Any]:
     return {"minimum": 1, "maximum": run.longest, "value": run.model.window, "step": 1, "label": "Length"}
 
 
-def _template(run: Loaded) -> dict[str, Any]:
-    gaps = "underscores mark what is to be written, one a token; " if not run.no_rewriting else ""
-    return {"info": f"{gaps}a text without any is written on; empty: written freely"}
-
-
 def _examples(run: Loaded) -> dict[str, Any]:
     return {"choices": [(text or EMPTY, text) for text in run.examples()], "value": ""}
-
-
-def _ways(run: Loaded) -> dict[str, Any]:
-    """What can be rewritten: families from left to right make the end of a text noise, and write that anew."""
-    ways = [ALL] if run.no_rewriting else [MARKED, WORDS, ALL]
-    return {"choices": ways, "value": ways[0]}
-
-
-def _cannot(run: Loaded) -> str:
-    return "\n\n".join(reason for reason in (run.no_rewriting, run.no_proofreading) if reason)
