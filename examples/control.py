@@ -157,16 +157,21 @@ def filled(model: td.Model, windows: list[np.ndarray], options: argparse.Namespa
     all of it; of one text, and of the best of several by their bound."""
     start = (options.window - options.gap) // 2
     gap, infills = slice(start, start + options.gap), model.process.infills
-    bits, right, letters, best = [], 0, 0, 0
+    bits, right, letters, best, held, held_letters = [], 0, 0, 0, 0, 0
     for number, ids in enumerate(windows):
         text = model.tokenizer.decode(ids.tolist())
         escaped = [part.replace("_", "\\_") for part in (text[: gap.start], text[gap.stop :])]
+        template = {"infill": escaped[0] + "_" * options.gap + escaped[1]}
         how: dict[str, Any] = {"prompt": text[: gap.start], "length": gap.stop}
         if infills:
-            how = {"infill": escaped[0] + "_" * options.gap + escaped[1]}
+            how = template
             bits.append(gap_bits(model.process, ids, gap))
         else:
             bits.append(left_bits(model, ids, gap))
+            # The same model, held to both sides: it learns of the right one by what its particles come to.
+            shown = model.sample(1, seed=number, **template)[0][gap]
+            held += shown == text[gap]
+            held_letters += sum(a == b for a, b in zip(shown, text[gap]))
         written = model.sample(1, calls=options.gap, seed=number, **how)[0][gap]
         right += written == text[gap]
         letters += sum(a == b for a, b in zip(written, text[gap]))
@@ -176,6 +181,8 @@ def filled(model: td.Model, windows: list[np.ndarray], options: argparse.Namespa
     return {
         "gaps": len(windows), "bits": float(np.mean(known)) if known else None, "exact": right / len(windows),
         "letters": letters / len(windows) / options.gap, "exact, best": best / len(windows),
+        "exact, held": None if infills else held / len(windows),
+        "letters, held": None if infills else held_letters / len(windows) / options.gap,
     }  # fmt: skip
 
 

@@ -263,7 +263,9 @@ class Model:
             guidance=Guidance(guidance, ramp), steer=steer, until=self.tokenizer.end_of_text if stop else None,
             edit=None if old is None else Edit(old.to(self.device).expand(n, -1), strength),
         ):  # fmt: skip
-            if whole is not None and whole is not template:  # what is given behind gaps is seen from the start, though written later
+            if (
+                whole is not None and whole is not template
+            ):  # what is given behind gaps is seen from the start, though written later
                 frame = replace(frame, tokens=torch.where(known, whole.tokens, frame.tokens.cpu()))
             yield TextFrame(frame, known, self.tokenizer, stop, revises(self.process))
 

@@ -107,7 +107,12 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("--must-contain", metavar="TEXT", action="append", default=[], help="it occurs; may be repeated")
     p.add_argument("--words", type=Path, metavar="FILE", help="texts have no other words than those of this file")
     p.add_argument("--acrostic", metavar="WORD", help="the texts' lines begin with its letters")
-    p.add_argument("--particles", type=int, metavar="N", help="draw each such text from N, by weight")
+    p.add_argument(
+        "--particles",
+        type=int,
+        metavar="N",
+        help="draw each such text from N, by weight (default: 1; to fill gaps from left to right, 16)",
+    )
     p.add_argument("--label", metavar="VALUE", help="write texts of this label, of a run trained with --label")
     p.add_argument("--guidance", type=float, default=0.0, metavar="W",
                    help="towards the label, at two calls for one (default: 0, the label as it was learnt)")  # fmt: skip
