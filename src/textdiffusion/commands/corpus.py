@@ -8,6 +8,7 @@ import time
 
 from rich.console import Console
 
+from textdiffusion.errors import UserError
 from textdiffusion.text.data import check_source
 from textdiffusion.text.preparing import check_preparing, prepare_corpus
 
@@ -15,6 +16,8 @@ from textdiffusion.text.preparing import check_preparing, prepare_corpus
 def prepare(args: argparse.Namespace) -> int:
     """Prepare a corpus, and say how far it is; returns the exit code."""
     check_preparing(args.out, args.validation_share, args.workers or 1, args.tokenizer)
+    if args.source == "pydoc":
+        raise UserError("the built-in text needs no preparing: textdiffusion train --data pydoc")
     check_source(args.source)
     console, last = Console(stderr=args.json), [0.0]
 
@@ -30,8 +33,10 @@ def prepare(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(vars(done)))
     else:
-        print(
-            f"prepared {done.folder}: {done.tokens:,} tokens to learn from, {done.validation_tokens:,} held out; "
-            f"train with: textdiffusion train --data {done.folder}"
-        )
+        print(f"prepared {done.folder}: {done.tokens:,} tokens to learn from, {done.validation_tokens:,} held out")
+        if done.tokens and done.validation_tokens:
+            print(f"train with: textdiffusion train --data {done.folder}")
+        else:
+            share = f"--validation-share {args.validation_share:g}"
+            print(f"training needs both: prepare it again, in a new folder, with another share than {share}")
     return 0
