@@ -163,10 +163,11 @@ def test_other_settings_or_files_are_refused(sources, tmp_path, here):
 def test_what_cannot_be_trained_on_is_said_at_once(tmp_path, here, capsys):
     assert main(["prepare", "pydoc", str(tmp_path / "out")]) == 2
     assert "needs no preparing" in capsys.readouterr().err
-    (tmp_path / "a.txt").write_text("It was a bright cold day.\n" * 40, encoding="utf-8")
+    lines = [json.dumps({"text": f"It was a bright cold day, number {i}"}) for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     for share, says in (("0.0001", "training needs both"), ("0.5", "train with: textdiffusion train")):
         out = ["--tokenizer", "byte", "--workers", "1", "--validation-share", share]
-        assert main(["prepare", str(tmp_path / "a.txt"), str(tmp_path / share), *out]) == 0
+        assert main(["prepare", str(tmp_path / "a.jsonl"), str(tmp_path / share), *out]) == 0
         assert says in capsys.readouterr().out
 
 

@@ -37,6 +37,5 @@ def prepare(args: argparse.Namespace) -> int:
         if done.tokens and done.validation_tokens:
             print(f"train with: textdiffusion train --data {done.folder}")
         else:
-            share = f"--validation-share {args.validation_share:g}"
-            print(f"training needs both: prepare it again, in a new folder, with another share than {share}")
+            print("training needs both: give more text, or prepare it in a new folder with another --validation-share")
     return 0
