@@ -37,6 +37,14 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
             p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
         return p
 
+    def run_of(p: Any) -> None:
+        which = "run directory (default: the newest under runs/, or one that comes with the package)"
+        p.add_argument("run", nargs="?", type=Path, metavar="RUN", help=which)
+
+    def grid_of(p: Any) -> None:
+        grids = "time, rate, log_snr, quadratic, cosine or optimal: where the calls stand between noise and text"
+        p.add_argument("--grid", default="auto", help=f"{grids} (default: optimal if the run holds it, else time)")
+
     p = verb("demo", "train a small model on built-in text and watch it write (about two minutes)", False)
     p.add_argument("--minutes", type=float, default=DEMO_MINUTES, help="minutes of training (default: 2)")
     p.add_argument("--out", type=Path, help="run directory (default: runs/demo)")
@@ -83,20 +91,13 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a core)")
 
     p = verb("sample", "write text")
-    p.add_argument(
-        "run",
-        nargs="?",
-        type=Path,
-        metavar="RUN",
-        help="run directory (default: the newest under runs/, or one that comes with the package)",
-    )
+    run_of(p)
     p.add_argument("-n", type=int, default=4, help="texts (default: 4)")
     p.add_argument("--length", type=int, help="tokens (default: the training window)")
     p.add_argument("--calls", type=int, metavar="T", help="network calls a text (default: one a token, the best)")
     p.add_argument("--sampler", default="auto",
                    help="auto, the best measured, or a name from `textdiffusion families NAME`")  # fmt: skip
-    grid = "time, rate, log_snr, quadratic, cosine or optimal: where the calls stand between noise and text"
-    p.add_argument("--grid", default="auto", help=f"{grid} (default: optimal if the run holds it, else time)")
+    grid_of(p)
     p.add_argument("--temperature", type=float, default=1.0)
     p.add_argument("--top-p", type=float, help="draw from the likeliest tokens that hold this share")
     p.add_argument("--top-k", type=int, help="draw from so many likeliest tokens")
@@ -132,13 +133,7 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
                    help="the same texts bit for bit whatever -n: fp32, in batches of eight")  # fmt: skip
 
     p = verb("eval", "measure bits per character of held-out text")
-    p.add_argument(
-        "run",
-        nargs="?",
-        type=Path,
-        metavar="RUN",
-        help="run directory (default: the newest under runs/, or one that comes with the package)",
-    )
+    run_of(p)
     p.add_argument("--data", metavar="PATH", help="other text, all of it held out (default: the run's held-out part)")
     p.add_argument(
         "--split", choices=["validation", "test"], default="validation", help="held-out part of the run's text"
@@ -146,7 +141,7 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("--calls", metavar="1,2,4,...", help="also of samplers with exactly so many network calls")
     p.add_argument("--sampler", help="whose figures --calls gives (default: the family's first); exact for those that "
                    "choose positions by a rule, as margin")  # fmt: skip
-    p.add_argument("--grid", default="auto", help=f"{grid} (default: optimal if the run holds it, else time)")
+    grid_of(p)
     p.add_argument("--keep-grid", action="store_true",
                    help="measure what tokens cost at each noise level, and keep the optimal grid")  # fmt: skip
     p.add_argument("--eval-tokens", type=int, metavar="N", help="read about N tokens (default: all)")
