@@ -145,11 +145,14 @@ def gap_bits(process: Process, ids: np.ndarray, gap: slice, draws: int = 4) -> f
 
 
 @torch.inference_mode()
-def left_bits(judge: td.Model, ids: np.ndarray, gap: slice) -> float:
-    """Bits a character of the gap to a left-to-right model that sees what stands on its left."""
+def left_bits(judge: td.Model, ids: np.ndarray, gap: slice) -> float | None:
+    """Bits a character of the gap to a left-to-right model that sees what stands on its left; None if its likelihood is
+    a bound, for the difference of two bounds is nothing."""
     ends = (torch.from_numpy(ids[:end]).unsqueeze(0) for end in (gap.start, gap.stop))
-    before, behind = (judge.process.nll(part, Noise.of(0, 1)).total for part in ends)
-    return float(behind - before) * BITS / (gap.stop - gap.start)
+    before, behind = (judge.process.nll(part, Noise.of(0, 1)) for part in ends)
+    if before.kind != "exact":
+        return None
+    return float(behind.total - before.total) * BITS / (gap.stop - gap.start)
 
 
 def filled(model: td.Model, windows: list[np.ndarray], options: argparse.Namespace) -> dict[str, Any]:
@@ -288,7 +291,7 @@ def main(arguments: list[str] | None = None) -> None:
     for path in every if "gaps" in options.only else []:
         model = td.load(path, "cpu", "fp32")
         key = {"part": "gaps", "run": Path(path).name, "family": model.config.family}
-        key |= {"gap": options.gap, "gaps": options.gaps}
+        key |= {"gap": options.gap, "gaps": options.gaps, "held": True}
         if model.tokenizer.to_json() == judge.tokenizer.to_json():
             rows.row(key, filled, model, windows, options)
     for path in options.labelled if "guidance" in options.only else []:
@@ -304,7 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
                 rows.row(key | at, guided, model, classify, word_set(corpus), at, options)
     parts = {
         "constraints": ["family", "kind", "texts", "satisfied", "ms a text", "bits", "words", "example"],
-        "gaps": ["family", "gaps", "bits", "exact", "letters", "exact, best"],
+        "gaps": ["family", "gaps", "bits", "exact", "letters", "exact, best", "exact, held", "letters, held"],
         "guidance": ["family", "weight", "ramp", "texts", "accuracy", "entropy", "distinct", "words"],
     }
     text = "\n".join(

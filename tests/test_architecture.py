@@ -47,6 +47,10 @@ def imports(tree: ast.Module, every: dict[str, ast.Module]) -> set[str]:
         for n in ast.walk(node)
     }
     for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            plain = (alias.name for alias in node.names)
+            found |= {name.removeprefix("textdiffusion.") for name in plain if name.startswith("textdiffusion.")}
+        assert not isinstance(node, ast.ImportFrom) or not node.level, "imports say where they come from"
         if (
             isinstance(node, ast.ImportFrom)
             and (node.module or "").startswith("textdiffusion")

@@ -24,6 +24,7 @@ from textdiffusion.compare.command import _plan
 from textdiffusion.compare.differences import differences
 from textdiffusion.compare.driving import flops_of_a_step
 from textdiffusion.compare.gaming import GAMES, played
+from textdiffusion.compare.judging import PUBLIC_TEXTS, PublicJudge
 from textdiffusion.compare.measuring import accuracy, calls_of_a_bound, cost
 from textdiffusion.compare.plan import Plan
 from textdiffusion.compare.verdict import by_likelihood, by_samples, sentence
@@ -231,6 +232,35 @@ def test_who_copies_the_state_guesses_nothing():
     found = accuracy(model, bench_of(windows, 16))
     assert found["accuracy"] < 0.35  # 1/3 is chance among the tokens that are not there
     assert found["tokens"] == pytest.approx(60 * 16 * 2 * 3 / 4, rel=0.1)
+
+
+def test_a_public_judge_reads_each_text_from_its_start(tmp_path):
+    """Its nats are those of the model itself, text by text, whatever they are batched with."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<s>", "the", "cat", "sat", "on", "mat", "<unk>"]
+    bare = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>").save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    small = {"n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    config = transformers.GPT2Config(vocab_size=7, initializer_range=0.5, **small)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(tmp_path)
+    judge = PublicJudge(str(tmp_path))
+    texts = ["the cat sat on the mat", "cat", "", "mat mat the sat on", *["the mat"] * 80]
+    nats, sizes = judge.nats(texts, [])
+    assert len(nats) == PUBLIC_TEXTS and sizes[:4].tolist() == [6, 1, 0, 5] and nats[2] == 0
+    for text, found in zip(texts[:5], nats):
+        ids = torch.tensor([[0, *(words.index(word) for word in text.split())]])
+        law = model(ids).logits[0, :-1].log_softmax(-1)
+        assert found == pytest.approx(-float(law.gather(-1, ids[0, 1:, None]).sum()), abs=1e-4)
+    (tmp_path / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="cannot be read"):
+        PublicJudge(str(tmp_path))
+    with pytest.raises(UserError, match="own, none, smollm2"):
+        Plan(minutes=1, judge="nobody")
 
 
 def test_samplers_that_game_a_judge_are_what_they_say():

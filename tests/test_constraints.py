@@ -117,7 +117,8 @@ def drawn(process, pattern, calls, sampler, rows, particles=1, seed=3, **how):
     """Counts over all texts of what the code samples, [V^L], and the estimates of the pattern's chance [rows]."""
     hold = Hold(automaton(pattern), particles)
     *_, last = sample(process, Noise.of(seed, rows), L, calls, sampler=sampler, hold=hold, **how)
-    return torch.bincount(WORLD.index(last.tokens), minlength=len(TEXTS)).double(), np.exp(hold.log_chance)
+    counts = torch.bincount(WORLD.index(last.tokens), minlength=len(TEXTS)).double()
+    return counts, np.exp(hold.log_chance) if particles > 1 else None
 
 
 def held(name, config, sampler):

@@ -123,6 +123,17 @@ def defined(path: Path) -> set[str]:
     return found
 
 
+def test_the_modules_that_pages_name_exist():
+    source = ROOT / "src/textdiffusion"
+    folders = "|".join(path.parent.name for path in source.glob("*/__init__.py"))
+    named = re.compile(rf"`((?:{folders})(?:\.\w+)+\.[A-Z]\w*)`")
+    found = {name for page in DOCS.rglob("*.md") for name in named.findall(page.read_text(encoding="utf-8"))}
+    assert len(found) >= 2
+    for name in found:
+        module, symbol = name.rsplit(".", 1)
+        assert symbol in defined(source / (module.replace(".", "/") + ".py")), name
+
+
 def test_links_lead_somewhere():
     for page in DOCS.rglob("*.md"):
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):

@@ -142,9 +142,11 @@ def test_stopped_and_gone_on_with_it_is_the_same(sources, tmp_path, here, monkey
 
 def test_a_mistaken_field_can_be_put_right_in_the_same_folder(tmp_path):
     source, out = tmp_path / "a.jsonl", tmp_path / "out"
-    source.write_text("".join(json.dumps({"body": f"story {i} of a fox"}) + "\n" for i in range(40)), encoding="utf-8")
-    with pytest.raises(UserError, match="text"):
-        prepare_corpus(str(source), out, tokenizer="byte", workers=1)
+    rows = [{"body": f"story {i} of a fox", "note": None, "blank": ""} for i in range(40)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for field in ("text", "note", "blank"):  # none of that name, and two that hold nothing
+        with pytest.raises(UserError):
+            prepare_corpus(str(source), out, tokenizer="byte", text_field=field, workers=1)
     assert prepare_corpus(str(source), out, tokenizer="char", text_field="body", workers=1).tokens
     assert json.loads((out / "corpus.json").read_text())["tokenizer"] == "char"
 

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,7 +17,28 @@ from textdiffusion.families.masked import Masked, MaskedConfig
 from textdiffusion.machine import fastest_precision, micro_batch_for, tune_allocator
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
-from textdiffusion.training.learning import PATIENCE, Learner, TrainingConfig, learning_rate_factor, train
+from textdiffusion.training.learning import (
+    PATIENCE,
+    Learner,
+    TrainingConfig,
+    _side_by_side,
+    learning_rate_factor,
+    train,
+)
+
+
+def test_threads_side_by_side_have_their_share():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        pool = _side_by_side(2)
+        assert list(pool.map(lambda _: torch.get_num_threads(), range(8))) == [2] * 8
+        pool.submit(lambda: torch.ones(1000, 1000) @ torch.ones(1000, 1000)).result()
+        assert set(pool.map(lambda _: torch.get_num_threads(), range(8))) == {2} and torch.get_num_threads() == 4
+        with ThreadPoolExecutor(1) as new:
+            assert new.submit(torch.get_num_threads).result() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def make(**network) -> tuple[Masked, Transformer]:

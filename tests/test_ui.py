@@ -371,6 +371,10 @@ def test_rewriting_keeps_what_is_not_marked(runs, family):
     assert body["note"] == "Rewritten: " + "; ".join(f"bright → {part}" for part in new)
     with pytest.raises(UserError, match="backslash"):
         list(acts.rewrite(runs["masked"], marked("a\\[[b]]"), Wish(), threading.Event()))
+    # Marks that touch are told apart.
+    body = written(acts.rewrite(runs[family], marked("It [[wa]][[s]] a"), Wish(seed=1), threading.Event()))
+    new = body["panels"][0]["texts"][0]
+    assert body["note"] == f"Rewritten: wa → {new[3:5]}, s → {new[5:6]}" and new[:3] == "It "
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -389,14 +393,16 @@ def test_a_whole_text_is_renoised_as_by_the_library(runs, family):
 
 def test_labels_and_guidance_are_handed_on(runs, monkeypatch):
     run, asked = runs["masked"], []
-    monkeypatch.setattr(type(run.model), "stream", lambda self, **how: asked.append(how) or iter(()))
+    stream = type(run.model).stream
+
+    def noted(self, label=None, guidance=0.0, **how):
+        asked.append({"label": label, "guidance": guidance})
+        return stream(self, **how)
+
+    monkeypatch.setattr(type(run.model), "stream", noted)
     for wish in (Wish(length=24, label="war", guidance=2.0), Wish(length=24, guidance=2.0)):
         list(acts.write(run, wish, threading.Event()))
     assert [(how["label"], how["guidance"]) for how in asked] == [("war", 2.0), (None, 0.0)]
-    # Guidance takes two calls for one, so of 32 there are 16 steps.
-    monkeypatch.setattr(type(run.model), "recommended", lambda self, calls, free, held=False: f"{calls} of {free}")
-    assert Wish(length=24, label="war", guidance=2.0, calls="32").sampler_of(run) == "16 of 24"
-    assert Wish(length=24, label="war", calls="32").sampler_of(run) == "32 of 24"
 
 
 def test_proofreading_is_the_librarys_and_refused_with_a_reason(runs):
@@ -428,6 +434,12 @@ def test_what_would_take_the_machine_down_is_refused(runs, wish, reason):
     wish = Wish(**{"length": 24} | wish)
     pages = list(told(lambda stop: acts.write(runs["masked"], wish, stop), threading.Event()))
     assert len(pages) == 1 and reason in said(pages[0])
+
+
+def test_particles_count_in_what_is_refused(runs):
+    wish = Wish("a" + "_" * 500 + "b", n=8)
+    pages = list(told(lambda stop: acts.write(runs["block"], wish, stop), threading.Event()))
+    assert "by 16 particles each" in said(pages[0])
 
 
 def test_a_pattern_is_kept_and_one_too_large_is_refused_in_time(runs):

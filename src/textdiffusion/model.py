@@ -227,22 +227,22 @@ class Model:
             length = self.window
         self._check_length(length)
         pattern = Pattern.of(regex, must_contain, words, acrostic)
+        particles = particles or self.particles_for(template)
         if template is not None and not self.process.infills and template.gapped:
             if pattern != Pattern():
                 raise UserError(
                     f"the {self.config.family} family fills gaps by being held to what is around them, and cannot be "
                     "held to a pattern as well; leave one of them out"
                 )
-            particles = particles or GAP_PARTICLES
             template, hold = hold_gaps(template, self.process.vocabulary, particles)
         else:
-            particles = particles or 1
             hold = self._hold(pattern, length, template, particles)
         steer = None if reward is None else steer_by(reward, self.tokenizer.decode, particles)
         if particles != 1 and hold is None and steer is None:
-            raise UserError("--particles goes with a pattern (--regex, --must-contain, --words, --acrostic) or reward")
+            what = "a pattern (--regex, --must-contain, --words, --acrostic), a reward, or gaps from left to right"
+            raise UserError(f"--particles goes with {what} that something stands behind")
         if (hold is not None or steer is not None) and stop:
-            raise UserError("a pattern is one of whole texts of a given length; leave out --stop")
+            raise UserError("patterns, gaps and rewards are of whole texts of a given length; leave out --stop")
         noise = Noise(seed, np.arange(first_row, first_row + n), n, device=self.device)
         tokens = given = None
         known = torch.zeros(n, length, dtype=torch.bool) if whole is None else whole.given.expand(n, -1)
@@ -263,10 +263,11 @@ class Model:
             guidance=Guidance(guidance, ramp), steer=steer, until=self.tokenizer.end_of_text if stop else None,
             edit=None if old is None else Edit(old.to(self.device).expand(n, -1), strength),
         ):  # fmt: skip
-            if (
-                whole is not None and whole is not template
-            ):  # what is given behind gaps is seen from the start, though written later
-                frame = replace(frame, tokens=torch.where(known, whole.tokens, frame.tokens.cpu()))
+            if whole is not None and whole is not template:
+                # What is given behind gaps is seen from the start, though written later.
+                tokens = frame.tokens
+                ahead = known.to(tokens.device) & (tokens < 0)
+                frame = replace(frame, tokens=torch.where(ahead, whole.tokens.to(tokens.device), tokens))
             yield TextFrame(frame, known, self.tokenizer, stop, revises(self.process))
 
     def sample(self, n: int = 4, length: int | None = None, calls: int | None = None, **how: Any) -> list[str]:
@@ -299,11 +300,7 @@ class Model:
             how["words"] = read_words(how["words"])  # once, for all batches
         texts: list[str] = []
         made: list[int] = []
-        # Families that draw all positions anew hold several numbers for every symbol at each.
-        width = self.tokenizer.vocabulary * (length or self.window)
-        size = min(FIXED_BATCH if reproducible else BATCH, max(1, 2**24 // width))
-        gaps_held = how.get("infill") is not None and not self.process.infills
-        size = max(1, size // max(how.get("particles") or (GAP_PARTICLES if gaps_held else 1), 1))
+        size = self._together(length, how, FIXED_BATCH if reproducible else BATCH)
         if not reproducible:
             size = min(size, self.group.most(n))
         for number, first in enumerate(range(0, n, size)):
@@ -318,6 +315,18 @@ class Model:
             texts, made = [text for text, _ in rows], [calls for _, calls in rows]
         return texts[:n], made[:n]
 
+    def _together(self, length: int | None, how: dict[str, Any], most: int) -> int:
+        """Texts to denoise together, at most ``most``, for the memory that they take."""
+        # Families that draw all positions anew hold several numbers for every symbol at each.
+        width = self.tokenizer.vocabulary * (length or self.window)
+        size = min(most, max(1, 2**24 // width))
+        template = None if how.get("infill") is None else gaps(how["infill"], self.tokenizer)
+        return max(1, size // max(how.get("particles") or self.particles_for(template), 1))
+
+    def particles_for(self, template: Template | None) -> int:
+        """Particles of each text, unless it is said: several where a family from left to right fills gaps."""
+        return GAP_PARTICLES if template is not None and template.gapped and not self.process.infills else 1
+
     def best(self, k: int, n: int = 8, draws: int = 64, **how: Any) -> list[tuple[str, Figure]]:
         """Of n texts, written as in `stream`, the k that the model finds likeliest, with their bits a character: by
         their likelihood or its bound (ranking.py), given the label if there is one.
@@ -328,13 +337,15 @@ class Model:
         check_writing(n)
         if not 1 <= k <= n:
             raise UserError(f"--best must be from 1 to {n}, the number of texts (-n), not {k}")
-        *_, last = self.stream(n, **how)
+        if how.get("words") is not None:
+            how["words"] = read_words(how["words"])
+        size = self._together(how.get("length"), how, BATCH)
+        parts = [list(self.stream(min(size, n - first), **how, first_row=first))[-1] for first in range(0, n, size)]
+        texts, tokens = [text for part in parts for text in part.texts], torch.cat([p.frame.tokens for p in parts])
         label = None if (name := how.get("label")) is None else self.config.labels.index(name)
         seed, tokenizer = how.get("seed", 0), self.tokenizer
-        order = rank(
-            self.process, last.frame.tokens, tokenizer.characters, self.window, label=label, draws=draws, seed=seed
-        )
-        return [(last.texts[number], figure) for number, figure in order[:k]]
+        order = rank(self.process, tokens, tokenizer.characters, self.window, label=label, draws=draws, seed=seed)
+        return [(texts[number], figure) for number, figure in order[:k]]
 
     def edit(self, text: str, strength: float = 0.4, n: int = 1, calls: int | None = None, **how: Any) -> list[str]:
         """Rewrite a text n times: a ``strength`` of it is made noise, and written anew."""
@@ -356,19 +367,8 @@ class Model:
 
     def proofread_tokens(self, ids: np.ndarray, strength: float = 0.05, calls: int = 8) -> np.ndarray:
         """The same for tokens, int64 [L]."""
-        if self.process.time_of(strength) is None:
-            raise UserError(
-                f"the noise of this {self.config.family} run never makes one token another, so it finds no wrong ones; "
-                "train one with --family uniform"
-            )
-        if not 1 <= calls <= LONGEST:
-            raise UserError(f"--calls must be from 1 to {LONGEST:,}, not {calls}")
-        if not 1 <= len(ids) <= self.window:
-            raise UserError(
-                f"this run mends texts of 1 to {self.window} tokens, not {len(ids)}; hand it one piece after another"
-            )
         x = torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(self.device)
-        return mend(self.writer, x, strength, calls).cpu().numpy()
+        return mend(self.writer, x, strength, calls, self.window).cpu().numpy()
 
     def watch(
         self, n: int = 1, length: int | None = None, calls: int | None = None, *, seconds: float = 4.0,

@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a symbol shows a question mark
     try:
         chosen = parser_of(ACTS).parse_args(arguments)
-        chosen.given = [a for a in (sys.argv[1:] if arguments is None else arguments) if a.startswith("--")]
+        raw = sys.argv[1:] if arguments is None else arguments
+        chosen.given = [a.partition("=")[0] for a in raw if a.startswith("--")]
         check_device(chosen.device)
         code = int(chosen.act(chosen))
         sys.stdout.flush()  # here, where a reader that has gone can be dealt with

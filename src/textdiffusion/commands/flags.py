@@ -13,7 +13,10 @@ DEMO_MINUTES = 2.0
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with one-line errors."""
+    """argparse with one-line errors, and flags by their whole names: what is given is looked for by name (cli.py)."""
+
+    def __init__(self, **how: Any):
+        super().__init__(**how, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (`{self.prog} --help` lists what it takes)\n")
@@ -171,8 +174,8 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("--samples", type=int, metavar="N", help="texts for each budget and temperature (default: 128)")
     p.add_argument("--eval-tokens", type=int, metavar="N", help="read about N held-out tokens (default: 16384)")
     p.add_argument("--draws", type=int, help="noisy copies of each window (default: 2)")
-    p.add_argument("--judge", choices=["own", "none"],
-                   help="of the samples: an autoregressive run of its own, or none (default: own)")  # fmt: skip
+    p.add_argument("--judge", metavar="own|none|smollm2|hf:NAME|FOLDER",
+                   help="of the samples: an autoregressive run of its own, or one there is (default: own)")  # fmt: skip
     p.add_argument("--seed", type=int, help="(default: 0)")
     p.add_argument("--set", action="append", metavar="PART.KEY=VALUE", dest="settings",
                    help="for every run; a process field for those families that have it; may be repeated")  # fmt: skip

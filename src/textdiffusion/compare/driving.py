@@ -22,7 +22,7 @@ from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from textdiffusion.compare.judging import Judge, OwnJudge
+from textdiffusion.compare.judging import Judge, OwnJudge, PublicJudge
 from textdiffusion.compare.measuring import PARTS, Bench, check_text, cost, yardsticks
 from textdiffusion.compare.plan import JUDGE, Plan, write
 from textdiffusion.config import RunConfig, read_config
@@ -172,6 +172,8 @@ class Comparison:
     def _judge(self) -> Judge | None:
         if self.plan.judge == "none":
             return None
+        if self.plan.judge != "own":
+            return PublicJudge(self.plan.judge, self.device)
         return OwnJudge(load(self._path(JUDGE), self.device, "fp32"))
 
     def _measure(self, name: str, bench: Bench) -> dict[str, Any]:

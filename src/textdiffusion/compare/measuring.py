@@ -154,10 +154,10 @@ def describe(bench: Bench, texts: Sequence[str], tokens: Sequence[np.ndarray]) -
     found["divergence"] = asdict(divergence(texts, bench.reference))
     found["judged"] = None
     if bench.judge is not None:
-        nats, sizes = bench.judge.nats(tokens)
-        mean = float(nats.sum() / sizes.sum())
+        nats, sizes = bench.judge.nats(texts, tokens)
+        mean = float(nats.sum() / max(sizes.sum(), 1))
         spread = nats - mean * sizes
-        error = float((spread**2).sum() * len(nats) / max(len(nats) - 1, 1)) ** 0.5 / float(sizes.sum())
+        error = float((spread**2).sum() * len(nats) / max(len(nats) - 1, 1)) ** 0.5 / max(float(sizes.sum()), 1.0)
         found["judged"] = {"nats_a_token": mean, "standard_error": error, "perplexity": float(np.exp(mean))}
     return found
 

@@ -11,7 +11,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from textdiffusion.config import RunConfig
 from textdiffusion.errors import UserError
@@ -21,7 +21,7 @@ from textdiffusion.settings import check_writing, with_fields
 
 MINUTES = 5.0  # of training for each family, unless a budget is given
 JUDGE = "judge"  # the judge's run, beside the families'
-Judges = Literal["own", "none"]
+PACKAGED = "smollm2"  # a judge that a package brings
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Plan:
     temperatures: list[float] = field(default_factory=lambda: [0.5, 0.7, 0.85, 1.0])
     eval_tokens: int = 16384  # of held-out text
     draws: int = 2  # noisy copies of each held-out window
-    judge: Judges = "own"
+    judge: str = "own"  # or "none", PACKAGED, a folder, hf:NAME
     settings: list[str] = field(default_factory=list)  # --set of every run
 
     def __post_init__(self) -> None:
@@ -72,8 +72,10 @@ class Plan:
             check_writing(temperature=temperature)
         if 1.0 not in self.temperatures:
             raise UserError("--temperatures must hold 1, the model's own law")
-        if self.judge not in ("own", "none"):
-            raise UserError(f"--judge must be own or none, not {self.judge!r}")
+        named = self.judge in ("own", "none", PACKAGED) or self.judge.startswith("hf:")
+        if not named and not (Path(self.judge) / "config.json").exists():
+            where = "a folder of a causal model of transformers"
+            raise UserError(f"--judge must be own, none, {PACKAGED}, hf:NAME or {where}, not {self.judge!r}")
         for name in self.families:
             self.config(name, None if self.flops is None else 1)
 

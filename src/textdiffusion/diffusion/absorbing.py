@@ -68,7 +68,7 @@ class Hiding(Process):
 
     def template(self, tokens: Tensor, given: Tensor, noise: Noise) -> State:
         if not self.infills and bool((given[:, 1:] & ~given[:, :-1]).any()):
-            raise UserError("this family writes on from a prompt and cannot infill; use --prompt, or a masked run")
+            raise UserError("this family writes on from what is given: hold it to what stands behind a gap (hold_gaps)")
         prior = self.prior_sample(len(tokens), tokens.shape[1], noise)
         return State(torch.where(given, tokens, prior.x), prior.t, given)
 

@@ -35,7 +35,7 @@ UNSURE_BELOW, SURE_FROM = 0.25, 0.6  # probabilities
 
 @dataclass(frozen=True)
 class TextFrame:
-    """A frame of the reverse process (sampling.Frame) that can be read.
+    """A frame of the reverse process (sampling.reverse.Frame) that can be read.
 
     given: bool [B L], which tokens were fixed; stop: texts end where their first document does; tentative: written
     tokens may still change until t = 0.

@@ -137,7 +137,7 @@ class Automaton:
     def of_template(cls, tokens: np.ndarray, given: np.ndarray, vocabulary: int) -> Automaton:
         """The automaton of the texts of L tokens that have those ``given``, bool [L], of ``tokens``, int64 [L]."""
         length = len(tokens)
-        step = np.full((length + 2, vocabulary), length + 1)
+        step = np.full((length + 2, vocabulary), length + 1, dtype=np.int32)
         for i in range(length):
             step[i, tokens[i] if given[i] else slice(None)] = i + 1
         made = cls.__new__(cls)

@@ -75,7 +75,10 @@ class Hold:
 
     @property
     def log_chance(self) -> np.ndarray:
-        """For each text, log of an unbiased estimate of the chance that the model gives the pattern."""
+        """For each text, log of an unbiased estimate of the chance that the model gives the pattern; of particles, of
+        which there must be several, since one alone is not weighed."""
+        if self.particles == 1:
+            raise ValueError("one particle is not weighed: take several")
         return self.crowd.log_chance
 
     def text(self, draft: Draft, written: Tensor, noise: Noise, rows: Tensor) -> Tensor:

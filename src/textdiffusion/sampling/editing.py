@@ -17,6 +17,7 @@ from textdiffusion.errors import UserError
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.mathematics.schedules import Schedule
 from textdiffusion.process import Process, State
+from textdiffusion.settings import LONGEST
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Edit:
 
 
 @torch.inference_mode()
-def mend(process: Process, tokens: Tensor, strength: float, calls: int) -> Tensor:
+def mend(process: Process, tokens: Tensor, strength: float, calls: int, longest: int) -> Tensor:
     """A text int64 [L], mended: taken for one in which a share of the tokens has been replaced by others, with the
     likeliest token given all that is there put at every position, call by call, until nothing changes.
 
@@ -76,7 +77,21 @@ def mend(process: Process, tokens: Tensor, strength: float, calls: int) -> Tenso
         process: whose noise replaces tokens (``Process.time_of``).
         strength: the share of wrong tokens to expect.
         calls: network calls, at most.
+        longest: tokens that the process was trained on.
+    Raises:
+        UserError: another kind of noise, an impossible strength, or a text that is too long.
     """
+    if process.time_of(strength) is None:
+        raise UserError(
+            "the noise of this run's family never makes one token another, so it finds no wrong ones; "
+            "train one with --family uniform"
+        )
+    if not 1 <= calls <= LONGEST:
+        raise UserError(f"--calls must be from 1 to {LONGEST:,}, not {calls}")
+    if not 1 <= len(tokens) <= longest:
+        raise UserError(
+            f"this run mends texts of 1 to {longest} tokens, not {len(tokens)}; hand it one piece after another"
+        )
     t = torch.tensor([process.time_of(strength)], dtype=torch.float64, device=tokens.device)
     state = State(tokens.unsqueeze(0), t)
     for _ in range(calls):

@@ -232,7 +232,7 @@ def sample(
                 keep = (~ended[active]).nonzero().squeeze(-1)
                 state, active = state.select(keep), active[keep]
         if k == longest - 1 and steer is not None:
-            steer.weigh(written, torch.arange(rows))  # as they came out
+            steer.weigh(written, torch.arange(rows, device=written.device))  # as they came out
         if crowd is not None and (parents := crowd.resample(noise.at(k), times[:, k] > 0)) is not None:
             # The particles of a text go by the same plan: all of them are active, or none is.
             parents = parents.to(written.device)

@@ -162,9 +162,10 @@ def _agree(plan: Plan, out: Path) -> None:
         before = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = None
-    # If nothing has been made of what is noted, as after a mistaken --text-field, the folder is begun anew.
-    if before != body and not _known(out):
-        (out / "tokenizer.json").unlink(missing_ok=True)
+    # If no text has come of what is noted, as after a mistaken --text-field, the folder is begun anew.
+    if before != body and not (out / "corpus.json").exists() and not any(out.glob("*.npy")):
+        for left in (out / "tokenizer.json", *out.glob("piece-*.json")):
+            left.unlink(missing_ok=True)
         write(file, json.dumps(body, indent=1) + "\n")
     elif before != body:
         differs = [k for k in body if not isinstance(before, dict) or before.get(k) != body[k]]

@@ -253,7 +253,7 @@ def training_text(source: str, length: int, seed: int, limit: int | None) -> Tra
         share = None if limit is None else max(length, int(limit * weight))
         held_out += evaluation_windows(corpus.parts["validation"], length, limit=share)
     if not held_out:
-        raise UserError(f"{source} has no held-out text; prepare it again with a larger --validation-share")
+        raise UserError(f"{source} has no held-out text; prepare it in a new folder with a larger --validation-share")
     return TrainingText(
         parts[0] if len(parts) == 1 else Mixture(parts, weights, seed), held_out,
         sum(len(corpus.parts["train"].tokens) for corpus in corpora),

@@ -39,8 +39,14 @@ def learning_rate_factor(progress: float, config: TrainingConfig) -> float:
 def _side_by_side(workers: int) -> ThreadPoolExecutor:
     """Threads that share torch's threads out among them: with all of them each, they would wait for one another."""
     threads, started = torch.get_num_threads(), Barrier(workers)
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),))
-    list(pool.map(lambda _: started.wait(), range(workers)))
+
+    def share() -> None:
+        torch.get_num_threads()  # a thread that has not asked yet is given all of them at its first operation
+        torch.set_num_threads(max(1, threads // workers))
+        started.wait()
+
+    pool = ThreadPoolExecutor(workers)
+    list(pool.map(lambda _: share(), range(workers)))
     torch.set_num_threads(threads)  # what the last of them set holds for threads to come
     return pool
 

@@ -7,9 +7,10 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby, pairwise
+from itertools import chain, islice, pairwise
 from typing import Any
 
+from textdiffusion.display.frames import TextFrame
 from textdiffusion.display.replay.canvas import player
 from textdiffusion.display.replay.recording import Panel, Recording, difference
 from textdiffusion.errors import UserError
@@ -41,13 +42,6 @@ class Wish:
     label: str = ""
     guidance: float = 0.0
 
-    def sampler_of(self, run: Loaded) -> str:
-        """What "auto" comes to: the sampler that was measured to write best in so many calls."""
-        template = run.template(self.text, self.length)
-        free = self.length if template is None else int((~template.given).sum())
-        calls = (calls_of(self.calls) or 0) // (2 if self.label and self.guidance else 1)
-        return run.model.recommended(calls or max(free, 1), free, held=bool(self.regex))
-
     def check(self, run: Loaded) -> None:
         """Refuse what would take the machine down; all else is for the library to refuse.
 
@@ -63,10 +57,12 @@ class Wish:
             check_pattern(self.regex, run.model.tokenizer.vocabulary)
         template = run.template(self.text, self.length)
         length = self.length if template is None else len(template)
-        if self.n * length > MOST_TOKENS:
+        many = run.model.particles_for(template)
+        if self.n * length * many > MOST_TOKENS * (2 if many > 1 else 1):
+            each = f", by {many} particles each," if many > 1 else ""
             raise UserError(
-                f"{self.n} texts of {length:,} tokens are more than the {MOST_TOKENS:,} tokens that this page writes "
-                "at once; ask for fewer or shorter ones"
+                f"{self.n} texts of {length:,} tokens{each} are more than this page writes at once; ask for fewer or "
+                "shorter ones"
             )
 
     def how(self, run: Loaded) -> dict[str, Any]:
@@ -106,6 +102,13 @@ def calls_of(text: str) -> int | None:
     return int(text)
 
 
+def begun(run: Loaded, how: dict[str, Any]) -> tuple[Panel, Iterator[TextFrame]]:
+    """A stream, and a panel under the name of the sampler that it uses, which the first frame, of noise, settles."""
+    stream = run.model.stream(**how)
+    first = next(stream)
+    return Panel(f"{run.name} · {run.model.used[0]}"), chain([first], stream)
+
+
 def write(run: Loaded, wish: Wish, stop: threading.Event) -> Iterator[str]:
     """Texts out of noise."""
     yield from compare([(run, wish.sampler)], wish, stop)
@@ -120,9 +123,9 @@ def compare(columns: Sequence[tuple[Loaded, str]], wish: Wish, stop: threading.E
     panels, streams = [], []
     for run, sampler in columns:
         wish.check(run)
-        sampler = wish.sampler_of(run) if sampler == "auto" else sampler
-        panels.append(Panel(f"{run.name} · {sampler}"))
-        streams.append(run.model.stream(**wish.how(run) | {"sampler": sampler}))
+        panel, stream = begun(run, wish.how(run) | {"sampler": sampler})
+        panels.append(panel)
+        streams.append(stream)
     if len({panel.title for panel in panels}) < len(panels):
         raise UserError("the same run and sampler is chosen twice; choose different ones")
     settings = asdict(wish) | {"panels": [panel.title for panel in panels]}
@@ -173,23 +176,22 @@ def rewrite(run: Loaded, parts: Sequence[tuple[str, bool]], wish: Wish, stop: th
     tokens = run.model.tokenizer
     if any(one.endswith("\\") and chosen for (one, _), (_, chosen) in pairwise(parts)):
         raise UserError("a backslash right before a mark would make a plain underscore of it; mark the backslash too")
-    template = "".join("_" * len(tokens.encode(p)) if chosen else p.replace("_", "\\_") for p, chosen in parts)
+    sizes = [len(tokens.encode(piece)) for piece, _ in parts]
+    template = "".join("_" * size if new else p.replace("_", "\\_") for (p, new), size in zip(parts, sizes))
     wish = Wish(**asdict(wish) | {"text": template, "stop": False})
     wish.check(run)
-    sampler = wish.sampler_of(run) if wish.sampler == "auto" else wish.sampler
-    panel = Panel(f"{run.name} · {sampler}")
-    old = [piece for piece, chosen in parts if chosen]
+    panel, stream = begun(run, wish.how(run))
 
     def finish(recording: Recording) -> str:
         lines = []
         for row in recording.panels[0].now.rows:
-            pieces = groupby(row, lambda cell: cell[0] == "g")
-            new = ["".join(text for _, text in cells) for given, cells in pieces if not given]
-            lines.append(", ".join(f"{a} → {b}" for a, b in zip(old, new)))
+            cells = iter(row)
+            now = ["".join(text for _, text in islice(cells, size)) for size in sizes]
+            lines.append(", ".join(f"{old} → {new}" for (old, chosen), new in zip(parts, now) if chosen))
         return "Rewritten: " + "; ".join(lines)
 
     settings = asdict(wish) | {"original": "".join(p for p, _ in parts), "panels": [panel.title]}
-    yield from show(Recording([panel], settings), [run.model.stream(**wish.how(run))], stop, finish=finish)
+    yield from show(Recording([panel], settings), [stream], stop, finish=finish)
 
 
 def renoise(run: Loaded, wish: Wish, strength: float, stop: threading.Event) -> Iterator[str]:
@@ -203,7 +205,8 @@ def renoise(run: Loaded, wish: Wish, strength: float, stop: threading.Event) -> 
     check_text(wish.text)
     free = Wish(**asdict(wish) | {"text": "", "length": len(encode(wish.text, run.model.tokenizer))})
     free.check(run)
-    panel = Panel(f"{run.name} · {free.sampler_of(run) if wish.sampler == 'auto' else wish.sampler}")
+    how = free.how(run) | {"length": None, "edit": wish.text, "strength": strength}
+    panel, stream = begun(run, how)
 
     def finish(recording: Recording) -> str:
         old, news = wish.text, recording.panels[0].texts
@@ -211,8 +214,7 @@ def renoise(run: Loaded, wish: Wish, strength: float, stop: threading.Event) -> 
         return "Kept of the characters: " + ", ".join(f"{share:.0%}" for share in kept)
 
     settings = asdict(wish) | {"strength": strength, "panels": [panel.title]}
-    how = free.how(run) | {"length": None, "edit": wish.text, "strength": strength}
-    yield from show(Recording([panel], settings), [run.model.stream(**how)], stop, finish=finish)
+    yield from show(Recording([panel], settings), [stream], stop, finish=finish)
 
 
 def proofread(run: Loaded, text: str, share: float) -> Iterator[str]:

@@ -215,14 +215,17 @@ class Page:
             def pages(flag: Any) -> Iterator[str]:
                 run, wish = self._run(name), _wish(text, n, 1, calls, sampler, temperature, top_p, seed, False)
                 if how == ALL:
-                    return acts.renoise(run, wish, float(share), flag)
-                parts = acts.marked(wish.text) if how == MARKED else acts.chosen_words(wish.text, share, wish.seed)
+                    return acts.renoise(run, wish, _number(share), flag)
+                if how == MARKED:
+                    parts = acts.marked(wish.text)
+                else:
+                    parts = acts.chosen_words(wish.text, _number(share), wish.seed)
                 return acts.rewrite(run, parts, wish, flag)
 
             yield from self._job(request, pages)
 
         def mending(name: str, text: str, wrong: float, request: gr.Request) -> Iterator[str]:
-            yield from self._job(request, lambda flag: acts.proofread(self._run(name), text or "", float(wrong)))
+            yield from self._job(request, lambda flag: acts.proofread(self._run(name), text or "", _number(wrong)))
 
         self._wire([go.click], stop, act, [chosen, text, how, share, n, *sampling], output, "rewrite")
         mend.click(mending, [chosen, text, wrong], output, api_name="proofread", show_progress="minimal",
@@ -318,6 +321,14 @@ def _wish(text: str | None, n: Any, length: Any, calls: Any, sampler: str, tempe
         return Wish(text or "", int(n), int(length), str(calls or EVERY_TOKEN), sampler or "auto", float(temperature),
                     float(top_p), int(seed), bool(ends), regex or "", label or "", float(guidance))  # fmt: skip
     except (TypeError, ValueError, OverflowError):
+        raise UserError("a number is missing among the controls; fill it in") from None
+
+
+def _number(value: Any) -> float:
+    """What a slider holds; an emptied one is a mistake of the user's."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
         raise UserError("a number is missing among the controls; fill it in") from None
 
 
