@@ -21,6 +21,7 @@ from textdiffusion.errors import UserError
 from textdiffusion.exchange.fetching import fetch
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.model import Model
+from textdiffusion.tensors import CANNOT
 
 BATCH = 32
 PUBLIC_BATCH, PUBLIC_TEXTS, PUBLIC_TOKENS = 8, 64, 512  # of a public judge: at once, of each set, and of each text
@@ -80,7 +81,7 @@ class PublicJudge:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
             model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, use_safetensors=file is None)
-        except (OSError, ValueError, ImportError) as error:
+        except (*CANNOT, ValueError, ImportError) as error:
             raise UserError(f"--judge {place} cannot be read: {str(error).strip().splitlines()[0]}") from error
         self.model = model.eval().to(device)
         self.name = f"{'SmolLM2-135M-Instruct' if place == PACKAGED else place}, on {PUBLIC_TEXTS} texts of each set"

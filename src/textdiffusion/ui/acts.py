@@ -58,11 +58,11 @@ class Wish:
         template = run.template(self.text, self.length)
         length = self.length if template is None else len(template)
         many = run.model.particles_for(template)
-        if self.n * length * many > MOST_TOKENS * (2 if many > 1 else 1):
+        if self.n * length * many > MOST_TOKENS:
             each = f", by {many} particles each," if many > 1 else ""
             raise UserError(
-                f"{self.n} texts of {length:,} tokens{each} are more than this page writes at once; ask for fewer or "
-                "shorter ones"
+                f"{self.n} texts of {length:,} tokens{each} are more than the {MOST_TOKENS:,} tokens that this page "
+                "writes at once; ask for fewer or shorter ones"
             )
 
     def how(self, run: Loaded) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from textdiffusion.model import Model
 from textdiffusion.text.template import Template, gaps, prompt
 
 MOST_TEXTS = 8
-MOST_TOKENS = 4096  # of all texts that are written at once
+MOST_TOKENS = 8192  # of all texts that are written at once, particles and all
 LONGEST_TEXT = 1024  # tokens, where the family itself has no bound
 _GAP = re.compile(r"(?<!\\)_")
 
