@@ -14,12 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
 
 from textdiffusion.networks.convolution import Convolution
+from textdiffusion.training.learning import side_by_side
 
 
 def compare(first: Callable[[], object], second: Callable[[], object], runs: int = 21) -> tuple[float, float]:
@@ -59,7 +59,7 @@ def pairs() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     muons, muon = [torch.optim.Muon([matrix]) for matrix in alone], torch.optim.Muon(together)
     convolution = Convolution(256, 5)
     plain = torch.nn.Conv1d(256, 256, 5, padding=2, groups=256, bias=False).bfloat16()
-    pool = ThreadPoolExecutor(min(torch.get_num_threads(), 4))
+    pool = side_by_side(min(torch.get_num_threads(), 4))
     return {
         "linear map in bfloat16 / float32": (
             lambda: F.linear(half, weight_half).sum().backward(),

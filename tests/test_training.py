@@ -21,17 +21,17 @@ from textdiffusion.training.learning import (
     PATIENCE,
     Learner,
     TrainingConfig,
-    _side_by_side,
     learning_rate_factor,
+    side_by_side,
     train,
 )
 
 
-def test_threads_side_by_side_have_their_share():
+def test_threadsside_by_side_have_their_share():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
-        pool = _side_by_side(2)
+        pool = side_by_side(2)
         assert list(pool.map(lambda _: torch.get_num_threads(), range(8))) == [2] * 8
         pool.submit(lambda: torch.ones(1000, 1000) @ torch.ones(1000, 1000)).result()
         assert set(pool.map(lambda _: torch.get_num_threads(), range(8))) == {2} and torch.get_num_threads() == 4

@@ -42,7 +42,7 @@ def screen(frame, width) -> list[str]:
 
 
 @pytest.mark.parametrize(("texts", "width", "columns"), [(4, 160, 4), (4, 130, 2), (3, 130, 3), (2, 80, 2), (2, 60, 1)])
-def test_texts_stand_side_by_side_as_far_as_there_is_room(texts, width, columns):
+def test_texts_standside_by_side_as_far_as_there_is_room(texts, width, columns):
     lines = screen(frame_of([f"text{i} " for i in range(texts)]), width)
     counts = [sum(f"text{i}" in line for i in range(texts)) for line in lines]
     assert max(counts) == columns and sum(counts) == texts

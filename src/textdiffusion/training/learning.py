@@ -36,7 +36,7 @@ def learning_rate_factor(progress: float, config: TrainingConfig) -> float:
     return max(0.0, min(1.0, up, down))
 
 
-def _side_by_side(workers: int) -> ThreadPoolExecutor:
+def side_by_side(workers: int) -> ThreadPoolExecutor:
     """Threads that share torch's threads out among them: with all of them each, they would wait for one another."""
     threads, started = torch.get_num_threads(), Barrier(workers)
 
@@ -83,7 +83,7 @@ class Learner:
         on_cpu = bool(matrices) and matrices[0].device.type == "cpu"
         # Shards are put together for each product: all processes in the same order.
         workers = min(torch.get_num_threads(), 4) if on_cpu and not self.spread.shard else 1
-        self.pool = _side_by_side(workers) if workers > 1 else None
+        self.pool = side_by_side(workers) if workers > 1 else None
         self.step = 0
         self.seconds = 0.0
         self.astray = 0  # steps in a row that were skipped, for want of a number
