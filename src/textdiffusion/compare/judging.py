@@ -8,6 +8,8 @@ end-of-text token. Perplexities of two judges have nothing to do with one anothe
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,8 +81,9 @@ class PublicJudge:
         logging.disable_progress_bar()
         folder, file = _packaged() if place == PACKAGED else (fetch(place), None)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, use_safetensors=file is None)
+            with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own for every tensor of a packed model
+                self.tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+                model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, use_safetensors=file is None)
         except (*CANNOT, ValueError, ImportError) as error:
             raise UserError(f"--judge {place} cannot be read: {str(error).strip().splitlines()[0]}") from error
         self.model = model.eval().to(device)
