@@ -2,14 +2,16 @@
 
 q           Every token is replaced by a uniformly drawn one with probability 1 - alpha(t). ``mask_share`` above 0
             replaces some by [MASK] instead: a hybrid (XDLM 2602.01362).
-network     Context logits f_i(v) from the noisy text and t: the leave-one-out law c_i = softmax f_i.
+network     Context logits f_i(v) from the noisy text, which says by itself how noisy it is (``time``: and from t): the
+            leave-one-out law c_i = softmax f_i.
 predict     softmax(f_i(v) + log q(x_t,i | v)): the token's own evidence is added, not learnt.
 loss        Cross-entropy of that denoiser at every noisy position. At its minimum f is the leave-one-out law: training
             the denoiser and sampling with the context that it implies are consistent.
 bound       replacing.py: in continuous time, or of the T-call sampler.
 departs from the papers in: cross-entropy instead of the bound as the loss; on a share of the examples some positions
             are left clean and the network is told which, so that prompts and gaps are nothing new to it (plain
-            replacement, ``conditioning = "replacement"``, calls them as noisy as the rest, and is biased).
+            replacement, ``conditioning = "replacement"``, calls them as noisy as the rest, and is biased); the network
+            is not told the time (docs/results.md).
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class UniformConfig:
     mask_share: float = 0.0  # of the replaced tokens; 1 is absorbing noise
     given: float = 0.2  # share of the training examples in which some positions have no noise
     conditioning: Literal["clean", "replacement"] = "clean"  # what the network is told of given positions
-    time: bool = True  # the network is told the noise level, at every layer
+    time: bool = False  # the network is told the noise level, at every layer: it learns later, or not at all
     renewal: float = 0.1  # share of the positions that the samplers psi and gibbs draw anew in a step
 
     def __post_init__(self) -> None:
