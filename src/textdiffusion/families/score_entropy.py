@@ -12,7 +12,8 @@ what it is  With absorbing noise, u = (e^sigma - 1) sum of the ratios and p = th
             u is free to be wrong, and costs what it is wrong by (``rate_penalty``).
 departs from the paper in: times reach 0 and 1, so that the bound lacks nothing: log-linear noise has alpha(1) = 0
             exactly; geometric noise is moved so that sigma(0) = 0, and what it leaves of text at t = 1 is in the
-            prior. Draws and ratios of steps are float64.
+            prior. The network is not told the time unless asked to (``time``; docs/results.md). Draws and ratios of
+            steps are float64.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class ScoreEntropyConfig:
     sigma_min: float = 1e-4  # of geometric noise
     sigma_max: float = 20.0  # of geometric noise
     weight: Literal["bound", "flat"] = "flat"  # of times in training; bound: as in the bound
-    time: bool = True  # the network is told the noise level, at every layer
+    time: bool = False  # the network is told the noise level, at every layer: it learns later
     given: float = 0.2  # share of the training examples in which some positions have no noise (uniform graph)
 
     def __post_init__(self) -> None:
