@@ -127,12 +127,10 @@ class Model:
 
     def _template(self, length: int | None, begin: str | None, infill: str | None) -> Template | None:
         if infill is not None:
-            template = gaps(infill, self.tokenizer)
-        elif begin is not None and begin != "":
-            template = prompt(begin, self.window if length is None else length, self.tokenizer)
-        else:
-            return None
-        return template
+            return gaps(infill, self.tokenizer)
+        if begin:
+            return prompt(begin, self.window if length is None else length, self.tokenizer)
+        return None
 
     def _hold(self, pattern: Pattern, length: int, template: Template | None, particles: int) -> Hold | None:
         if pattern == Pattern():
