@@ -47,6 +47,7 @@ from subjects import (
     flops_a_token,
     in_turn,
     learner_of,
+    number_type,
     peak,
     plain_of,
     process_of,
@@ -104,7 +105,7 @@ def sampling(plan: Plan) -> dict[str, Any]:
         plain, causal = plain_of(size, False).eval(), plain_of(size, True).eval()
         process, baseline = (process_of(family, size) for family in PLAIN)
         for p in (process, baseline):
-            p.network.eval().hold(torch.bfloat16)
+            p.network.eval().hold(number_type())
         for rows, calls in plan.calls.items():
             seconds = in_turn(
                 {
@@ -156,7 +157,7 @@ def sizes(plan: Plan) -> dict[str, Any]:
     size = next(iter(plan.settings.values()))
     length, vocabulary, calls = size["length"], size["vocabulary"], max(1, size["length"] // 16)
     process, plain_network = process_of("masked", size), plain_of(size, False)
-    process.network.eval().hold(torch.bfloat16)
+    process.network.eval().hold(number_type())
     for rows in plan.rows:
         seconds = in_turn(
             {
@@ -183,7 +184,7 @@ def long_texts(plan: Plan) -> dict[str, Any]:
             *((f"block of {n}", "block", plan.long // 4, {"block_length": n}) for n in (4, 16)),
         ):
             process = process_of(family, plan.default | {"length": window}, own=fields)
-            process.network.eval().hold(torch.bfloat16)
+            process.network.eval().hold(number_type())
             rivals[name] = partial(draw_all, process, 1, plan.long, calls)
             with FlopCounterMode(display=False) as counter:
                 draw_all(process, 1, plan.long, calls)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from subjects import Plan, Size, draw_all, learner_of, micro, process_of
+from subjects import Plan, Size, draw_all, learner_of, micro, number_type, process_of
 from textdiffusion.families import names
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.text.windows import TokenRuns, Windows
@@ -126,7 +126,7 @@ def profile(plan: Plan) -> dict[str, Any]:
         size = largest | {"vocabulary": vocabulary}
         for family in names():
             process = process_of(family, size)
-            process.network.eval().hold(torch.bfloat16)
+            process.network.eval().hold(number_type())
             length = size["length"] // (8 if family == "autoregressive" else 1)
             calls = length if family == "autoregressive" else size["length"] // 8
             if family in ("uniform", "score_entropy"):

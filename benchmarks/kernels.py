@@ -18,8 +18,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from subjects import number_type
 from textdiffusion.networks.convolution import Convolution
 from textdiffusion.training.learning import side_by_side
+from textdiffusion.training.muon import Muon
 
 
 def compare(first: Callable[[], object], second: Callable[[], object], runs: int = 21) -> tuple[float, float]:
@@ -53,10 +55,16 @@ def pairs() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     grad_rows = torch.ones(len(index), 256, dtype=torch.bfloat16)
     # The matrices of a network of 3 blocks of width 192, one Muon each or one Muon for all.
     shapes = 3 * [(576, 192), (192, 192), (768, 192), (192, 768)]
-    alone, together = ([leaf(*shape, dtype=torch.float32) for shape in shapes] for _ in range(2))
-    for matrix in (*alone, *together):
-        matrix.grad = torch.randn_like(matrix)
-    muons, muon = [torch.optim.Muon([matrix]) for matrix in alone], torch.optim.Muon(together)
+
+    def muons(dtype: torch.dtype, together: bool = False) -> list[Muon]:
+        matrices = [leaf(*shape, dtype=torch.float32) for shape in shapes]
+        for matrix in matrices:
+            matrix.grad = torch.randn_like(matrix)
+        how = {"lr": 0.01, "momentum": 0.95, "weight_decay": 0.0, "dtype": dtype}
+        return [Muon(some, **how) for some in ([matrices] if together else [[matrix] for matrix in matrices])]
+
+    apart, at_once = muons(number_type()), muons(number_type(), True)
+    in_full, in_half = muons(torch.float32), muons(torch.bfloat16)
     convolution = Convolution(256, 5)
     plain = torch.nn.Conv1d(256, 256, 5, padding=2, groups=256, bias=False).bfloat16()
     pool = side_by_side(min(torch.get_num_threads(), 4))
@@ -86,8 +94,12 @@ def pairs() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
             lambda: plain(rows.transpose(1, 2)).transpose(1, 2).backward(grad_windows),
         ),
         "Muon's matrices side by side / in turn": (
-            lambda: list(pool.map(lambda one: one.step(), muons)),
-            lambda: muon.step(),
+            lambda: list(pool.map(lambda one: one.step(), apart)),
+            lambda: [one.step() for one in at_once],
+        ),
+        "Muon's products in float32 / bfloat16": (
+            lambda: list(pool.map(lambda one: one.step(), in_full)),
+            lambda: list(pool.map(lambda one: one.step(), in_half)),
         ),
     }
 

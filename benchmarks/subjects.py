@@ -12,11 +12,11 @@ import torch
 from plain import PlainTransformer
 
 from textdiffusion.config import RunConfig
-from textdiffusion.machine import micro_batch_for
+from textdiffusion.machine import fastest_precision, micro_batch_for
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.run import build
 from textdiffusion.sampling.reverse import sample
-from textdiffusion.settings import TrainingConfig
+from textdiffusion.settings import Precision, TrainingConfig
 from textdiffusion.training.learning import Learner
 
 Size = dict[str, int]
@@ -87,8 +87,13 @@ def peak(plan: Plan) -> dict[str, float]:
     return best
 
 
-def process_of(family: str, size: Size, half: bool = True, own: dict[str, Any] | None = None) -> Any:
-    """Our process at a size, in the precision wished for."""
+def number_type() -> torch.dtype:
+    """What this machine multiplies faster, in which training and sampling would run here."""
+    return torch.bfloat16 if fastest_precision(torch.device("cpu")) == "bf16" else torch.float32
+
+
+def process_of(family: str, size: Size, own: dict[str, Any] | None = None) -> Any:
+    """Our process at a size, in the number type that is fast here."""
     config = RunConfig(
         family=family,
         process=own or {},
@@ -97,7 +102,7 @@ def process_of(family: str, size: Size, half: bool = True, own: dict[str, Any] |
         training=TrainingConfig(steps=1),
     )
     process = build(config)
-    process.network.compute_dtype = torch.bfloat16 if half else torch.float32  # type: ignore[attr-defined]
+    process.network.compute_dtype = number_type()  # type: ignore[attr-defined]
     with torch.no_grad():  # a head that is not at zero
         process.network.head.weight.normal_(std=0.02)  # type: ignore[attr-defined]
     return process
@@ -154,7 +159,8 @@ def micro(size: Size, process: Any) -> int:
 
 
 def learner_of(process: Any, size: Size) -> Learner:
-    config = TrainingConfig(steps=10**6, batch=size["batch"], micro_batch=micro(size, process))
+    precision: Precision = "bf16" if process.network.compute_dtype == torch.bfloat16 else "fp32"
+    config = TrainingConfig(steps=10**6, batch=size["batch"], micro_batch=micro(size, process), precision=precision)
     return Learner(process.network, config)
 
 

@@ -25,6 +25,7 @@ from textdiffusion.training.learning import (
     side_by_side,
     train,
 )
+from textdiffusion.training.muon import Muon, orthogonalised
 
 
 def test_threadsside_by_side_have_their_share():
@@ -39,6 +40,39 @@ def test_threadsside_by_side_have_their_share():
             assert new.submit(torch.get_num_threads).result() == 4
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (8, 8)])
+def test_muon_in_bfloat16_is_that_of_torch(shape):
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    how = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.3}
+    steppers = Muon([ours], dtype=torch.bfloat16, **how), torch.optim.Muon([theirs], **how)
+    for _ in range(4):
+        gradient = torch.randn(shape)
+        for matrix, stepper in zip((ours, theirs), steppers, strict=True):
+            matrix.grad = gradient.clone()
+            stepper.step()
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, start)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (8, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalised_has_the_directions_of_a_matrix_and_none_of_its_sizes(shape, dtype):
+    u, _, v = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(1)), full_matrices=False)
+    sizes = torch.linspace(0.1, 1, len(v))
+    found = u.T @ orthogonalised(u * sizes @ v, dtype).float() @ v.T
+    assert float((found - found.diagonal().diag()).abs().max()) < (1e-5 if dtype == torch.float32 else 0.05)
+    # The iteration's own band: it overshoots, so that few steps of it do.
+    assert 0.65 < float(found.diagonal().min()) <= float(found.diagonal().max()) < 1.25
+
+
+def test_muon_multiplies_as_the_training_does():
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        learner = Learner(make()[1], TrainingConfig(steps=1, precision=precision))
+        assert {muon.dtype for muon in learner.muons} == {dtype}
 
 
 def make(**network) -> tuple[Masked, Transformer]:

@@ -24,6 +24,7 @@ from textdiffusion.parallel.distributed import ALONE, Group
 from textdiffusion.parallel.sharding import Spread, full, local
 from textdiffusion.process import Process
 from textdiffusion.settings import TrainingConfig
+from textdiffusion.training.muon import Muon
 
 T = TypeVar("T")
 PATIENCE = 10  # steps in a row without a number for a loss, after which no step will bring one
@@ -74,9 +75,10 @@ class Learner:
         )
         # One Muon a matrix, so that they can be stepped side by side: each is a chain of products too small to fill a
         # processor, and in turn they take a quarter of a step.
+        products = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.muons = [
-            torch.optim.Muon(
-                [matrix], lr=config.matrix_rate, momentum=config.momentum, weight_decay=config.weight_decay
+            Muon(
+                [matrix], config.matrix_rate, momentum=config.momentum, weight_decay=config.weight_decay, dtype=products
             )
             for matrix in matrices
         ]
