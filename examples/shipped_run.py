@@ -27,7 +27,7 @@ from textdiffusion.report import report
 from textdiffusion.training.terminal import follow
 
 MOST_BYTES = 1_400_000  # what an installation should not notice
-KEPT = ("config.json", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl")
+KEPT = ("config.json", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "grid.json")
 STEPS = 2800
 
 
@@ -35,7 +35,7 @@ def make(place: Path) -> None:
     """Train, and keep what sampling needs."""
     config = configure(
         family="masked", data="pydoc", tokenizer="bpe:512", length=64, depth=3, steps=STEPS, seed=0,
-        settings=["network.width=112", "network.heads=2", "training.precision=bf16"],
+        settings=["network.width=112", "network.heads=2", "training.precision=fp32"],
     )  # fmt: skip
     run = RUNS / "shipped"
     stopped = follow(config, run, (run / "config.json").exists(), "cpu", Console())

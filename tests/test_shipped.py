@@ -23,7 +23,15 @@ from textdiffusion.training.fit import prepare
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "examples" / "first_minutes.ipynb"
-PLAIN = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "README.md"}
+PLAIN = {
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "metrics.jsonl",
+    "grid.json",
+    "README.md",
+}
 
 
 @pytest.fixture(scope="module")
