@@ -10,6 +10,7 @@ what it was taught, to say at a position what the next one holds: it reads a sta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class Pretrained(nn.Module):
 
     def __init__(self, config: PretrainedShape):
         super().__init__()
-        self.config, self.compute_dtype = config, torch.float32
+        self.config, self.compute_dtype, self.compiled = config, torch.float32, False
         self.model: Any = new_model(config)
         learns = config.mask < 0 and config.attention != "causal"
         self.mask_embedding = nn.Parameter(torch.zeros(config.width)) if learns else None
@@ -112,6 +113,7 @@ class Pretrained(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile the model."""
+        self.compiled = True
         self.model.compile()
 
     @property
@@ -172,12 +174,39 @@ class Pretrained(nn.Module):
             how["position_ids"] = (at.repeat(2) if halves else at).expand(rows, -1)
         if config.causal:
             how["use_cache"] = False
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
-            logits = logits_of(self.model(**how))
         first = len(before) - shift
-        logits = logits[:, first : first + x.shape[1]]
-        logits = logits if positions is None else logits[positions]
+
+        def asked(values: Tensor) -> Tensor:
+            """Of values [B L' ...] those that say something of the text, [B L ...]; of the asked positions, [N ...]."""
+            values = values[:, first : first + x.shape[1]]
+            return values if positions is None else values[positions]
+
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+            logits = self._logits(how, ids.shape, asked)
         return without_mask(logits, config.mask, config.outputs)
+
+    def _logits(self, how: dict[str, Any], shape: torch.Size, asked: Callable[[Tensor], Tensor]) -> Tensor:
+        """The asked rows of the model's logits; its head, which is as wide as the vocabulary, maps those alone.
+
+        What reaches the head is cut down on its way there, so that whatever the model does before and behind it stays.
+        Of a model whose head is not known, is compiled, or reads something else than [B L' D], the logits are cut down.
+        """
+        head, cut = self.model.get_output_embeddings(), False
+
+        def before_head(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            nonlocal cut
+            if len(given) != 1 or given[0].dim() != 3 or given[0].shape[:2] != shape:
+                return None
+            cut = True
+            return (asked(given[0]),)
+
+        hook = None if head is None or self.compiled else head.register_forward_pre_hook(before_head)
+        try:
+            logits = logits_of(self.model(**how))
+        finally:
+            if hook is not None:
+                hook.remove()
+        return logits if cut else asked(logits)
 
 
 def new_model(config: PretrainedShape) -> Any:
