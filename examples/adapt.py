@@ -10,10 +10,10 @@ or `smollm2`, which a package brings. Of each held-out window every fourth run o
   after    the same, trained
 
 Two measures. Token by token: how often the likeliest token is the hidden one, and what it costs in bits; here ``left``
-sees even the true tokens of its own gap. Whole gaps: each is written out, from the left by the likeliest token after what
-has been written, by the diffusion model in the order of its confidence and in ``--calls`` calls; how many tokens are the
-hidden ones, and how many gaps are so throughout. Standard errors are over windows; the last lines compare on the same
-windows. If --out holds a run, stopped or finished, it is gone on with.
+sees even the true tokens of its own gap. Whole gaps: each is written out, from the left by the likeliest token after
+what has been written, by the diffusion model in the order of its confidence, in ``--calls`` calls; how many tokens are
+the hidden ones, and how many gaps are so throughout. Standard errors are over windows; the last lines compare on the
+same windows. If --out holds a run, stopped or finished, it is gone on with.
 """
 
 from __future__ import annotations

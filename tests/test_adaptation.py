@@ -97,6 +97,25 @@ def test_block_by_block_it_sees_its_block_and_those_before(tmp_path, kind):
         assert torch.allclose(out[:, part], plain, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", CAUSAL)
+@torch.no_grad()
+def test_a_hidden_token_is_seen_by_itself_alone(tmp_path, kind):
+    causal(tmp_path / kind, kind)
+    network = process_of(tmp_path / kind, "masked").network
+    x = torch.randint(1, 20, (2, 10))
+    x[0, [3, 7]] = network.config.outputs
+    x[1, 4] = network.config.outputs
+    before = network(x)
+    network.mask_embedding += torch.randn_like(network.mask_embedding)
+    difference = (network(x) - before).abs().amax(-1)
+    # What is said of a position is read off the one in front: those behind a hidden token say something else.
+    behind = torch.zeros(2, 10, dtype=torch.bool)
+    behind[0, [4, 8]] = behind[1, 5] = True
+    assert bool((difference[behind] > 1e-4).all()) and bool((difference[~behind] < 1e-5).all()), difference
+    network.config.sees_hidden = True
+    assert bool(((network(x) - before).abs().amax(-1) > 1e-5).all())
+
+
 @pytest.mark.parametrize("kind", [*CAUSAL, "bert"])
 def test_the_head_maps_the_asked_positions_alone(tmp_path, kind):
     bert(tmp_path / kind) if kind == "bert" else causal(tmp_path / kind, kind)

@@ -6,6 +6,7 @@ tokens; here it becomes the model's own mask id, or an embedding of our own wher
 What a causal model needs to denoise (DiffuLLaMA 2410.17891, Dream 2508.15487): it is handed a mask of attention by
 which all positions see all, or block-causally, the blocks before and their own; and, where all see all, it keeps to
 what it was taught, to say at a position what the next one holds: it reads a start token in front and is moved by one.
+With ``sees_hidden = False`` a hidden token is seen by itself alone, so that others read texts as they know them.
 """
 
 from __future__ import annotations
@@ -167,9 +168,12 @@ class Pretrained(nn.Module):
             how["inputs_embeds"] = torch.where(hidden.unsqueeze(-1), self.mask_embedding.to(table.dtype), table)
         seen = self._seen(ids.shape[1] // 2 if halves else ids.shape[1], halves, x.device)
         if seen is not None:
+            if not config.sees_hidden:
+                itself = torch.eye(len(seen), dtype=torch.bool, device=x.device)
+                seen = seen & (~hidden.unsqueeze(1) | itself)
             dtype = torch.bfloat16 if self.compute_dtype == torch.bfloat16 else torch.float32
             bias = torch.zeros(seen.shape, dtype=dtype, device=x.device).masked_fill(~seen, torch.finfo(dtype).min)
-            how["attention_mask"] = bias.expand(rows, 1, -1, -1)
+            how["attention_mask"] = bias.expand(rows, *bias.shape[-2:]).unsqueeze(1)
             at = torch.arange(ids.shape[1] // 2 if halves else ids.shape[1], device=x.device)
             how["position_ids"] = (at.repeat(2) if halves else at).expand(rows, -1)
         if config.causal:
