@@ -137,7 +137,9 @@ def fill(network: Any, config: RunConfig) -> None:
     if config.backbone == "pretrained" and is_foreign(place):
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         make: Any = AutoModelForCausalLM if config.network["causal"] else AutoModelForMaskedLM
         try:
             network.begin_with(make.from_pretrained(place, dtype="float32"))
