@@ -1,51 +1,107 @@
 """What turning a causal language model into a diffusion model brings: held-out gaps, before, after, and from the left.
 
-    python examples/adapt.py MODEL --data my.txt --minutes 5 --lora 16
+    python examples/adapt.py smollm2 --data my.txt --minutes 20
 
-MODEL is a folder of a causal model of transformers (GPT-2, Llama, Qwen ...), or its name on the hub. Of each held-out
-window every fourth run of ``--gap`` tokens is hidden. Each hidden token is then predicted
+MODEL is a folder of a causal model of transformers (GPT-2, Llama, Qwen ...), its name on the hub, a packed file (GGUF),
+or `smollm2`, which a package brings. Of each held-out window every fourth run of ``--gap`` tokens is hidden.
 
-  left     by the model as it was made, from all the true tokens before it, those of its own gap too
-  before   by the diffusion model that --init-from makes of it, untrained, from both sides and without its gap
-  after    by the same, trained
+  left     the model as it was made, which sees what stands before: all true tokens, those of earlier gaps too
+  before   the diffusion model that --init-from makes of it, untrained, which sees both sides and no gap's tokens
+  after    the same, trained
 
-and a line says how often the likeliest token is the hidden one, and what it costs, in bits a token.
+Two measures. Token by token: how often the likeliest token is the hidden one, and what it costs in bits; here ``left``
+sees even the true tokens of its own gap. Whole gaps: each is written out, from the left by the likeliest token after
+what has been written, by the diffusion model in the order of its confidence, in ``--calls`` calls; how many tokens are
+the hidden ones, and how many gaps are so throughout. Standard errors are over windows; the last lines compare on the
+same windows. If --out holds a run, stopped or finished, it is gone on with.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import textdiffusion as td
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.presets import configure
 from textdiffusion.process import Process, State
 from textdiffusion.run import build
+from textdiffusion.sampling.reverse import sample
 from textdiffusion.text.data import tokenize
 from textdiffusion.text.windows import evaluation_windows
 from textdiffusion.training.adaptation import fill
 from textdiffusion.training.fit import prepare
 
+BATCH = 16  # windows at once
+Figures = dict[str, Tensor]  # of each window, float64 [windows]
+
+
+def by_windows(act: Callable[[Tensor], Figures], windows: Tensor) -> Figures:
+    """The figures of all windows, worked out a few at a time."""
+    parts = [act(x) for x in windows.split(BATCH)]
+    return {name: torch.cat([part[name].double() for part in parts]) for name in parts[0]}
+
+
+def costs(law: Tensor, wanted: Tensor) -> Figures:
+    """Of laws [B N V] of hidden tokens [B N]: share whose likeliest token is it, and bits a token."""
+    nats = -law.gather(-1, wanted.unsqueeze(-1)).squeeze(-1)
+    return {"likeliest": (law.argmax(-1) == wanted).double().mean(1), "bits": nats.double().mean(1) / np.log(2)}
+
+
+def written(found: Tensor, wanted: Tensor, gap: int) -> Figures:
+    """Of gaps that were written [B N], one behind the other: share of tokens that are right, and of whole gaps."""
+    right = (found == wanted).view(len(found), -1, gap)
+    return {"tokens": right.double().mean((1, 2)), "gaps": right.all(-1).double().mean(1)}
+
 
 @torch.inference_mode()
-def recovered(process: Process, windows: torch.Tensor, hidden: torch.Tensor, left: bool) -> tuple[float, float]:
-    """Share of hidden tokens that are the likeliest, and bits a hidden token."""
-    hits, nats = [], []
-    for x in windows.split(8):
-        if left:
-            shown = torch.cat((x.new_full((len(x), 1), process.start), x[:, :-1]), 1)
-            law = process.network(shown).float().log_softmax(-1)[:, hidden]
-        else:
-            state = State(x.masked_fill(hidden, process.vocabulary), torch.ones(len(x)))
-            law = process.predict(state, hidden.expand_as(x)).log_p.view(len(x), -1, process.vocabulary)
-        wanted = x[:, hidden]
-        hits.append((law.argmax(-1) == wanted).float())
-        nats.append(-law.gather(-1, wanted.unsqueeze(-1)))
-    return float(torch.cat(hits).mean()), float(torch.cat(nats).mean()) / np.log(2)
+def from_the_left(process: Process, x: Tensor, hidden: Tensor, gap: int) -> Figures:
+    """Both measures, of an autoregressive process, for windows [B L] and hidden positions [L]."""
+    wanted = x[:, hidden]
+    shown = torch.cat((x.new_full((len(x), 1), process.start), x[:, :-1]), 1)
+    law = process.network(shown, positions=hidden.expand_as(x)).float().log_softmax(-1)
+    figures = costs(law.view(len(x), -1, law.shape[-1]), wanted)
+    found = []
+    for begin in hidden.nonzero().flatten().tolist()[::gap]:
+        known = shown[:, : begin + 1]
+        for _ in range(gap):
+            last = (torch.arange(known.shape[1]) == known.shape[1] - 1).expand_as(known)
+            known = torch.cat((known, process.network(known, positions=last).argmax(-1, keepdim=True)), 1)
+        found.append(known[:, -gap:])
+    return figures | written(torch.cat(found, 1), wanted, gap)
+
+
+@torch.inference_mode()
+def from_both_sides(process: Process, x: Tensor, hidden: Tensor, gap: int, calls: int) -> Figures:
+    """Both measures, of masked diffusion."""
+    wanted, asked = x[:, hidden], hidden.expand_as(x)
+    law = process.predict(State(x.masked_fill(asked, process.vocabulary), torch.ones(len(x))), asked).log_p
+    figures = costs(law.view(len(x), -1, law.shape[-1]), wanted)
+    *_, last = sample(
+        process, Noise.of(0, len(x)), x.shape[1], calls, sampler="confidence", tokens=x, given=~asked, temperature=0.0
+    )
+    return figures | written(last.tokens[:, hidden], wanted, gap)
+
+
+def said(values: Tensor) -> str:
+    """Mean and standard error."""
+    return f"{float(values.mean()):.3f} ± {float(values.std() / len(values) ** 0.5):.3f}"
+
+
+def report(rows: dict[str, Figures]) -> None:
+    """Print the tables, and the differences window by window."""
+    names = ("likeliest", "bits", "tokens", "gaps")
+    print(f"{'':<15}{'likeliest is it':>18}{'bits a token':>18}{'tokens written':>18}{'whole gaps':>18}")
+    for row, figures in rows.items():
+        print(f"{row:<15}" + "".join(f"{said(figures[name]):>18}" for name in names))
+    for other in ("before", "left"):
+        print(f"{'after - ' + other:<15}" + "".join(f"{said(rows['after'][n] - rows[other][n]):>18}" for n in names))
 
 
 def main() -> None:
@@ -56,7 +112,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/adapted"))
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--gap", type=int, default=3)
-    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--calls", type=int, help="of the diffusion model, to fill the gaps of a window (default: gap)")
+    parser.add_argument("--windows", type=int, default=96)
     parser.add_argument("--lora", type=int, default=0)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--steps", type=int)
@@ -64,9 +121,10 @@ def main() -> None:
     args = parser.parse_args()
     how = {"data": args.data, "length": args.length, "minutes": args.minutes, "steps": args.steps}
     how |= {"init_from": args.model, "settings": [f"network.lora={args.lora}", *args.settings]}
+    calls = args.calls or args.gap
 
     hidden = torch.arange(args.length) % (4 * args.gap) // args.gap == 3
-    rows = {}
+    rows: dict[str, Figures] = {}
     for name, family in (("left", "autoregressive"), ("before", "masked")):
         corpus, tokenizer, config = prepare(configure(family=family, **how))
         held_out = tokenize(corpus, tokenizer)["validation"]
@@ -75,13 +133,16 @@ def main() -> None:
         process = build(replace(config, network=config.network | {"lora": 0}))
         fill(process.network, config)
         process.network.eval()
-        rows[name] = recovered(process, whole, hidden, left=name == "left")
+        if name == "left":
+            rows[name] = by_windows(lambda x, p=process: from_the_left(p, x, hidden, args.gap), whole)
+        else:
+            rows[name] = by_windows(lambda x, p=process: from_both_sides(p, x, hidden, args.gap, calls), whole)
         del process
-    model = td.train(args.out, family="masked", **how)
-    rows["after"] = recovered(model.process, whole, hidden, left=False)
-    print(f"{len(whole)} held-out windows, {int(hidden.sum())} of {args.length} tokens hidden")
-    for name, (share, bits) in rows.items():
-        print(f"{name:<8}{share:>7.1%} recovered {bits:>8.2f} bits a token")
+    there = (args.out / "config.json").exists()
+    model = td.train(args.out, resume=True) if there else td.train(args.out, family="masked", **how)
+    rows["after"] = by_windows(lambda x: from_both_sides(model.process, x, hidden, args.gap, calls), whole)
+    print(f"{len(whole)} held-out windows, {int(hidden.sum())} of {args.length} tokens hidden, {calls} calls")
+    report(rows)
 
 
 if __name__ == "__main__":

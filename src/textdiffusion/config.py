@@ -89,7 +89,7 @@ def _override_other(
     config: RunConfig, parts: dict[str, Any], data: DataConfig, training: TrainingConfig, settings: list[str]
 ) -> RunConfig:
     """The same for a network that was made elsewhere, whose shape is what it is."""
-    free = {"pretrained": {"lora"}}.get(config.backbone, set())
+    free = {"pretrained": {"lora", "sees_hidden"}}.get(config.backbone, set())
     for setting in settings:
         name = setting.partition("=")[0]
         if name.startswith("network.") and name.removeprefix("network.") not in free:

@@ -74,7 +74,8 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the newest)")
     p.add_argument("--init-from", metavar="MODEL",
-                   help="begin with a run, a published checkpoint or a model of transformers")  # fmt: skip
+                   help="begin with a run, a published checkpoint, or a model of transformers: "
+                        "a folder, a GGUF file, USER/NAME, or smollm2")  # fmt: skip
     p.add_argument("--set", action="append", default=[], metavar="PART.KEY=VALUE", dest="settings",
                    help="any field of network, process, training or data; may be repeated")  # fmt: skip
     p.add_argument("--track", choices=["tensorboard", "wandb"], help="figures there, besides metrics.jsonl")
@@ -174,7 +175,7 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("--samples", type=int, metavar="N", help="texts for each budget and temperature (default: 128)")
     p.add_argument("--eval-tokens", type=int, metavar="N", help="read about N held-out tokens (default: 16384)")
     p.add_argument("--draws", type=int, help="noisy copies of each window (default: 2)")
-    p.add_argument("--judge", metavar="own|none|smollm2|hf:NAME|FOLDER",
+    p.add_argument("--judge", metavar="own|none|smollm2|hf:NAME|PATH",
                    help="of the samples: an autoregressive run of its own, or one there is (default: own)")  # fmt: skip
     p.add_argument("--seed", type=int, help="(default: 0)")
     p.add_argument("--set", action="append", metavar="PART.KEY=VALUE", dest="settings",

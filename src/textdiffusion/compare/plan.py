@@ -15,13 +15,13 @@ from typing import Any
 
 from textdiffusion.config import RunConfig
 from textdiffusion.errors import UserError
+from textdiffusion.exchange.packed import PACKAGED, packed_file
 from textdiffusion.families import check, names
 from textdiffusion.presets import configure
 from textdiffusion.settings import check_writing, with_fields
 
 MINUTES = 5.0  # of training for each family, unless a budget is given
 JUDGE = "judge"  # the judge's run, beside the families'
-PACKAGED = "smollm2"  # a judge that a package brings
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Plan:
     temperatures: list[float] = field(default_factory=lambda: [0.5, 0.7, 0.85, 1.0])
     eval_tokens: int = 16384  # of held-out text
     draws: int = 2  # noisy copies of each held-out window
-    judge: str = "own"  # or "none", PACKAGED, a folder, hf:NAME
+    judge: str = "own"  # or "none", one of PACKAGED, a folder, a packed file, hf:NAME
     settings: list[str] = field(default_factory=list)  # --set of every run
 
     def __post_init__(self) -> None:
@@ -72,10 +72,10 @@ class Plan:
             check_writing(temperature=temperature)
         if 1.0 not in self.temperatures:
             raise UserError("--temperatures must hold 1, the model's own law")
-        named = self.judge in ("own", "none", PACKAGED) or self.judge.startswith("hf:")
-        if not named and not (Path(self.judge) / "config.json").exists():
+        named = self.judge in ("own", "none", *PACKAGED) or self.judge.startswith("hf:")
+        if not named and not packed_file(self.judge) and not (Path(self.judge) / "config.json").exists():
             where = "a folder of a causal model of transformers"
-            raise UserError(f"--judge must be own, none, {PACKAGED}, hf:NAME or {where}, not {self.judge!r}")
+            raise UserError(f"--judge must be own, none, {', '.join(PACKAGED)}, hf:NAME or {where}, not {self.judge!r}")
         for name in self.families:
             self.config(name, None if self.flops is None else 1)
 

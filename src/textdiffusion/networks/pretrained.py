@@ -6,10 +6,12 @@ tokens; here it becomes the model's own mask id, or an embedding of our own wher
 What a causal model needs to denoise (DiffuLLaMA 2410.17891, Dream 2508.15487): it is handed a mask of attention by
 which all positions see all, or block-causally, the blocks before and their own; and, where all see all, it keeps to
 what it was taught, to say at a position what the next one holds: it reads a start token in front and is moved by one.
+With ``sees_hidden = False`` a hidden token is seen by itself alone, so that others read texts as they know them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,7 +79,7 @@ class Pretrained(nn.Module):
 
     def __init__(self, config: PretrainedShape):
         super().__init__()
-        self.config, self.compute_dtype = config, torch.float32
+        self.config, self.compute_dtype, self.compiled = config, torch.float32, False
         self.model: Any = new_model(config)
         learns = config.mask < 0 and config.attention != "causal"
         self.mask_embedding = nn.Parameter(torch.zeros(config.width)) if learns else None
@@ -112,6 +114,7 @@ class Pretrained(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile the model."""
+        self.compiled = True
         self.model.compile()
 
     @property
@@ -165,19 +168,49 @@ class Pretrained(nn.Module):
             how["inputs_embeds"] = torch.where(hidden.unsqueeze(-1), self.mask_embedding.to(table.dtype), table)
         seen = self._seen(ids.shape[1] // 2 if halves else ids.shape[1], halves, x.device)
         if seen is not None:
+            if not config.sees_hidden:
+                itself = torch.eye(len(seen), dtype=torch.bool, device=x.device)
+                seen = seen & (~hidden.unsqueeze(1) | itself)
             dtype = torch.bfloat16 if self.compute_dtype == torch.bfloat16 else torch.float32
             bias = torch.zeros(seen.shape, dtype=dtype, device=x.device).masked_fill(~seen, torch.finfo(dtype).min)
-            how["attention_mask"] = bias.expand(rows, 1, -1, -1)
+            how["attention_mask"] = bias.expand(rows, *bias.shape[-2:]).unsqueeze(1)
             at = torch.arange(ids.shape[1] // 2 if halves else ids.shape[1], device=x.device)
             how["position_ids"] = (at.repeat(2) if halves else at).expand(rows, -1)
         if config.causal:
             how["use_cache"] = False
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
-            logits = logits_of(self.model(**how))
         first = len(before) - shift
-        logits = logits[:, first : first + x.shape[1]]
-        logits = logits if positions is None else logits[positions]
+
+        def asked(values: Tensor) -> Tensor:
+            """Of values [B L' ...] those that say something of the text, [B L ...]; of the asked positions, [N ...]."""
+            values = values[:, first : first + x.shape[1]]
+            return values if positions is None else values[positions]
+
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+            logits = self._logits(how, ids.shape, asked)
         return without_mask(logits, config.mask, config.outputs)
+
+    def _logits(self, how: dict[str, Any], shape: torch.Size, asked: Callable[[Tensor], Tensor]) -> Tensor:
+        """The asked rows of the model's logits; its head, which is as wide as the vocabulary, maps those alone.
+
+        What reaches the head is cut down on its way there, so that whatever the model does before and behind it stays.
+        Of a model whose head is not known, is compiled, or reads something else than [B L' D], the logits are cut down.
+        """
+        head, cut = self.model.get_output_embeddings(), False
+
+        def before_head(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            nonlocal cut
+            if len(given) != 1 or given[0].dim() != 3 or given[0].shape[:2] != shape:
+                return None
+            cut = True
+            return (asked(given[0]),)
+
+        hook = None if head is None or self.compiled else head.register_forward_pre_hook(before_head)
+        try:
+            logits = logits_of(self.model(**how))
+        finally:
+            if hook is not None:
+                hook.remove()
+        return logits if cut else asked(logits)
 
 
 def new_model(config: PretrainedShape) -> Any:

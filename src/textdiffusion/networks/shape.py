@@ -106,6 +106,7 @@ class PretrainedShape:
     start: int = 0  # what a causal one reads before the first token
     prefix: list[int] = field(default_factory=list)  # what stands before every text, such as [CLS]
     suffix: list[int] = field(default_factory=list)  # and behind it
+    sees_hidden: bool = True  # of a causal one: a hidden token is seen from other positions, as any other is
     lora: int = 0  # rank of low-rank adapters, which are trained in the place of the weights; 0: the weights are
 
     def __post_init__(self) -> None:

@@ -20,6 +20,9 @@ from textdiffusion.text.tokenizer import Tokenizer
 
 # Learning rates for weights that have been learnt; those of training from nothing would undo them.
 RATE, LEAST_WARMUP = 3e-4, 0.05
+# Of a language model of transformers: a small batch, since a budget of minutes buys few tokens and a step is cheap
+# beside them; and a checkpoint less often, since one is four times the weights.
+ADAPTED_TOKENS, ADAPTED_CHECKPOINTS = 512, 300.0
 DROPPED = ("model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "auto_map")
 WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
 
@@ -29,7 +32,8 @@ def begin_from(config: RunConfig, source: str, tokenizer: str | None = None) -> 
 
     Args:
         config: family, data, window and training.
-        source: a run directory, a folder of a published checkpoint or of a transformers model, or USER/NAME.
+        source: a run directory, a folder of a published checkpoint or of a transformers model, a packed file (GGUF),
+            the short name of one that a package brings (exchange/packed.py), or USER/NAME.
         tokenizer: another than its own; ids must mean the same.
     Raises:
         UserError: nothing is there, or it cannot begin a run of this family.
@@ -86,6 +90,8 @@ def _of_transformers(config: RunConfig, place: Path, source: str, tokenizer: str
         "width": width,
         "window": config.network["window"],
         "start": tokens.end_of_text,
+        # A causal model has never read a hidden token: where none is seen from elsewhere, it begins by far better.
+        "sees_hidden": not causal,
     }
     if not causal:
         mask = _mask(tokens)
@@ -97,7 +103,9 @@ def _of_transformers(config: RunConfig, place: Path, source: str, tokenizer: str
     room = longest - len(network.get("prefix", ())) - len(network.get("suffix", ())) - 2
     if config.network["window"] > room:
         raise UserError(f"{source} reads texts of up to {room} tokens; give --length {room} or less")
-    return replace(config, backbone="pretrained", network=network, tokenizer=kind)
+    batch = max(1, min(config.training.batch, ADAPTED_TOKENS // config.network["window"]))
+    training = replace(config.training, batch=batch, checkpoint_seconds=ADAPTED_CHECKPOINTS)
+    return replace(config, backbone="pretrained", network=network, tokenizer=kind, training=training)
 
 
 def _mask(tokens: Tokenizer) -> int | None:
@@ -129,7 +137,9 @@ def fill(network: Any, config: RunConfig) -> None:
     if config.backbone == "pretrained" and is_foreign(place):
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         make: Any = AutoModelForCausalLM if config.network["causal"] else AutoModelForMaskedLM
         try:
             network.begin_with(make.from_pretrained(place, dtype="float32"))
