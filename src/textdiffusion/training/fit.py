@@ -197,19 +197,27 @@ def _begin(config: RunConfig, path: Path, resume: bool, device: str, group: Grou
 
 
 def fit(
-    config: RunConfig, path: Path, *, resume: bool = False, device: str = "cpu", parallel: Parallel = "auto"
+    config: RunConfig,
+    path: Path,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    parallel: Parallel = "auto",
+    group: Group | None = None,
 ) -> Iterator[Event]:
     """Train a run in ``path``; the consumer's reading of the iterator drives it.
 
     Args:
         resume: go on with the run that is there.
         parallel: with several processes (torchrun): "ddp", "fsdp", or "auto" for the first where memory allows it.
+        group: those that train it together; None: all that torchrun has started.
     Raises:
         UserError: unusable data or settings, a run that is there already, none to resume, or one that another process
             is training.
     """
     tune_allocator()
-    with joined(device) as group, contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held:
+        group = group or held.enter_context(joined(device))
         path, failure = Path(group.told(str(path))), None
         if group.main:
             try:
