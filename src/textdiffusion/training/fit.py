@@ -23,7 +23,7 @@ from textdiffusion.machine import fastest_precision, micro_batch_for, tune_alloc
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.network import TextNetwork
 from textdiffusion.parallel.distributed import Group, joined
-from textdiffusion.parallel.sharding import Parallel
+from textdiffusion.parallel.sharding import Parallel, sharded
 from textdiffusion.parallel.stopping import Signals
 from textdiffusion.process import Process, count_parameters
 from textdiffusion.run import Run, build
@@ -409,16 +409,6 @@ def _train(
 def _remove_if_empty(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.rmdir()
-
-
-def sharded(parallel: Parallel, group: Group, parameters: int) -> bool:
-    """Whether each process keeps only a shard of the network: if asked to, or where a GPU cannot hold all of it."""
-    if group.size == 1:
-        return False
-    if parallel != "auto" or group.device != "cuda":
-        return parallel == "fsdp"
-    # Weights, gradients, averages and two moments in float32 should leave a third of the memory for activations.
-    return 20 * parameters > torch.cuda.get_device_properties(group.device).total_memory * 2 / 3
 
 
 def show(process: Process, tokenizer: Tokenizer, length: int, seed: int, device: str) -> str:
