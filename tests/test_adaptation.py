@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 pytest.importorskip("transformers", reason="the extra hf is not installed")
 
 import textdiffusion as td
+from beginning_together import learn
 from foreign_models import TEXT, bert, causal, packed
 from textdiffusion.commands.cli import main
 from textdiffusion.exchange.fetching import facts, fetch
@@ -22,9 +24,11 @@ from textdiffusion.presets import configure
 from textdiffusion.process import State
 from textdiffusion.run import build
 from textdiffusion.sampling.reverse import sample
+from textdiffusion.tensors import load_tensors
 from textdiffusion.text.tokenizer import Tokenizer
 from textdiffusion.training.adaptation import begin_from
 from textdiffusion.training.adaptation import fill as begin
+from two_processes import said, two
 
 CAUSAL = ("gpt2", "llama", "qwen2", "gpt_neox")
 
@@ -191,6 +195,32 @@ def test_a_run_begins_with_it_learns_and_is_whole(tmp_path, capsys):
     assert model.config.init_from.endswith("llama") and len(model.sample(n=2, seed=1)) == 2
     assert model.infill("It was a ____ day").__len__() == 1
     assert "It was" in model.sample(n=1, prompt="It was", length=12)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "bert"])
+def test_in_shards_a_run_begins_with_it_as_in_one_process(tmp_path, kind):
+    """Two processes with a shard each (FSDP2), stopped in the middle and gone on with, learn what one does; also where
+    the head is the embedding, which is then one weight under two names."""
+    source = bert(tmp_path / kind) if kind == "bert" else causal(tmp_path / kind, kind)
+    (tmp_path / "my.txt").write_text(TEXT * 60)
+    paths = [str(tmp_path / kind), str(tmp_path / "my.txt")]
+    with two(Path(__file__).parent / "beginning_together.py", *paths, tmp_path / "two") as processes:
+        one = learn(*paths, str(tmp_path / "one"))
+        found = said(processes)
+    for code, text, errors in found:
+        assert code == 0, errors[-3000:]
+        assert [float(x) for x in text.split()] == pytest.approx(one, abs=1e-5)
+    runs = [load_tensors(tmp_path / run / "model.safetensors") for run in ("one", "two")]
+    moved = 0.0
+    for name, x in runs[0].items():
+        assert torch.allclose(x, runs[1][name], atol=1e-4), name
+        if (old := source.state_dict().get(name.removeprefix("model."))) is not None:
+            moved = max(moved, float((x - old).abs().max()))
+    assert runs[0].keys() == runs[1].keys() and moved > 1e-3  # there was something to agree on
+    shards = sorted((tmp_path / "two/checkpoints").glob("step-*"))[-1].glob("*.safetensors")
+    assert len(list(shards)) == 2
+    assert td.load(tmp_path / "two").sample(n=2, seed=1) == td.load(tmp_path / "one").sample(n=2, seed=1)
 
 
 @pytest.mark.slow

@@ -32,7 +32,9 @@ from textdiffusion.errors import UserError
 from textdiffusion.presets import configure
 from textdiffusion.process import as_network
 from textdiffusion.run import build
+from two_processes import said, two
 
+HERE = Path(__file__).parent
 FAMILIES = ["masked", "uniform", "autoregressive"]
 SMALL = ["network.width=16", "network.heads=1", "training.batch=4", "training.evaluations=2", "training.precision=fp32"]
 FLAGS = ["--families", ",".join(FAMILIES), "--steps", "4", "--depth", "1", "--length", "12", "--samples", "4",
@@ -118,6 +120,52 @@ def test_interrupted_twice_and_run_again_is_the_same_report(home, results, monke
     pages = [(home / where / "index.html").read_text() for where in ("first", "second")]
     texts = [re.findall(r'class="text"[^>]*>([^<]*)<', page) for page in pages]
     assert texts[0] == texts[1] and len(texts[0]) == 2 * (2 + 3)
+
+
+def same_but_for_processes(results, folder):
+    """That two processes found what one did, but for the rounding of sums that more threads added, and say that they
+    were two."""
+    found = {d.place: d for d in differences(results, json.loads((folder / "results.json").read_text()))}
+    for name in FAMILIES:
+        assert found.pop(f"rows.{name}.training.processes").after == 2
+    found.pop("protocol.machine.processor", None)  # says how many threads
+    return all(d.after == pytest.approx(d.before, rel=1e-4) for d in found.values())
+
+
+def test_two_processes_make_the_same_report(home, results):
+    again = ["compare", "--from", home / "first/results.json", "--device", "cpu"]
+    with two("-m", "textdiffusion", *again, "--out", home / "both") as processes:
+        (code, text, errors), (other, more, others_errors) = said(processes)
+    assert code == other == 0, errors + others_errors
+    assert same_but_for_processes(results, home / "both") and (home / "both/index.html").exists()
+    # Each family is trained once, and said once to be; the second process speaks of its own only.
+    begun = re.findall(r"^(?:process 1: )?\[(\d) of 4\] (\w+)$", text + more, re.MULTILINE)
+    assert sorted(begun) == [("1", "masked"), ("2", "uniform"), ("3", "autoregressive"), ("4", "judge")]
+    assert more and all(line.startswith("process 1: ") for line in more.splitlines())
+    assert "each at a family of its own" in (home / "both/index.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_process_holds_up_no_comparison(home, results):
+    """SIGKILL of one of two processes in the midst of a training: the other ends, in one line; the same command goes
+    on; another comparison in the same folder is refused, by both, in one line of the first's."""
+    script, again = HERE / "stopping_train.py", ["compare", "--from", home / "first/results.json", "--device", "cpu"]
+    for killed in ("1", "0"):
+        command = [script, *again, "--out", home / f"killed-{killed}"]
+        with two(*command, KILL_AT="2", KILL_RANK=killed) as processes:
+            found = said(processes, 120)
+        assert found[int(killed)][0] == -signal.SIGKILL
+        code, _, errors = found[1 - int(killed)]
+        assert code == 2 and "another process has ended" in errors and len(errors.splitlines()) == 1, errors
+        assert not (home / f"killed-{killed}/results.json").exists()
+        with two(*command) as processes:
+            assert [code for code, _, _ in said(processes)] == [0, 0]
+        assert same_but_for_processes(results, home / f"killed-{killed}")
+    words = ["compare", "--data", home / "my.txt", "--out", home / "killed-1", *FLAGS, "--seed", "1"]
+    with two("-m", "textdiffusion", *words) as processes:
+        found = said(processes, 120)
+    assert [code for code, _, _ in found] == [2, 2]
+    assert [len(errors.splitlines()) for _, _, errors in found] == [1, 0] and "seed is 0 there" in found[0][2]
 
 
 def test_what_differs_is_said(results):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import two_processes
 from textdiffusion.families import names
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
@@ -37,21 +37,12 @@ def together(*command: object, processes: int = 2, timeout: float = 600, **more:
 
 
 def learnt(folder: Path, jobs: dict[str, dict]) -> dict[str, dict]:
-    """What two processes find, and one, for each job. The two are started as torchrun does, but without waiting for
-    torchrun itself to load torch."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "training_together.py"), str(folder), json.dumps(jobs)]
-    two = [subprocess.Popen(command, env=os.environ | place | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
-    try:
+    """What two processes find, and one, for each job."""
+    with two_processes.two(HERE / "training_together.py", folder, json.dumps(jobs)) as processes:
         alone = {json.dumps(job | {"parallel": "no"}): job | {"parallel": "no"} for job in jobs.values()}
         one = {key: learn(ALONE, **job) for key, job in alone.items()}
-        assert [process.wait(3000) for process in two] == [0, 0]
-    finally:
-        for process in two:
-            process.kill()
+        for code, _, errors in two_processes.said(processes, 3000):
+            assert code == 0, errors[-3000:]
     found = {name: json.loads((folder / f"{name}.json").read_text()) for name in jobs}
     return {name: found[name] | {"one": one[json.dumps(job | {"parallel": "no"})]} for name, job in jobs.items()}
 

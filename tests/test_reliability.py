@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
+import random
 import resource
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -360,47 +364,94 @@ def test_a_config_that_asks_for_a_huge_network_is_refused(tmp_path, capsys):
 # -- the soak -----------------------------------------------------------------------------------------------------
 
 
+def session(server: subprocess.Popen, arguments: list[str], until: Callable[[], bool]) -> int:
+    """A command line in a process of its own, killed once ``until`` says so; its exit code."""
+    server.stdin.write(json.dumps(arguments).encode() + b"\n")
+    number = int(server.stdout.readline())
+    while not until() and not select.select([server.stdout], [], [], 0.001)[0]:
+        pass
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(number, signal.SIGKILL)
+    return int(server.stdout.readline())
+
+
+def newest_step(run: Path) -> int:
+    return max((int(p.name.removeprefix("step-")) for p in run.glob("checkpoints/step-*")), default=0)
+
+
 @pytest.mark.slow
 def test_a_hundred_kills_lose_nothing(tmp_path):
     """SIGKILL at random moments of a training that saves as often as it can; at the end all is as if nothing had been.
 
-    After every kill each checkpoint that has its name is whole. TEXTDIFFUSION_KILLS sets another number.
+    Two thirds of the moments are spread over the steps of the whole run, which is nearly always in the midst of a save;
+    a third come before a process has saved anything: while the run is made, or read and tidied. After every kill each
+    checkpoint that has its name is whole, the newest is still there with the one before it, and so are the weights to
+    use. TEXTDIFFUSION_KILLS sets another number.
     """
-    import random
-
-    kills, chance = int(os.environ.get("TEXTDIFFUSION_KILLS", "100")), random.Random(time.time_ns())
-    train = [sys.executable, "-m", "textdiffusion", "train"]
+    kills, seed = int(os.environ.get("TEXTDIFFUSION_KILLS", "100")), time.time_ns()
+    chance, steps = random.Random(seed), max(200, 20 * kills)
+    print(f"drawn from {seed}")
+    text, whole, part = tmp_path / "my.txt", tmp_path / "whole", tmp_path / "part"
+    text.write_text(" ".join(chance.choices(["it", "was", "a", "bright", "cold", "day", "in", "April"], k=4000)))
     settings = [x for s in [*NETWORK, "training.checkpoint_seconds=0"] for x in ("--set", s)]
-    begin = [*train, "--steps", str(40 * kills), "--length", "24", "--depth", "1", "--device", "cpu", *settings]
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    subprocess.run([*begin, "--out", str(whole)], check=True, capture_output=True)
-    made, steps = 0, []
-    while made < kills:
-        there = (part / "config.json").exists()
-        command = [*train, "--resume", "--out", str(part)] if there else [*begin, "--out", str(part)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        # Torch takes seconds to load; then a moment that is anywhere in a few saves.
-        mark, patience = part / "checkpoints", time.monotonic() + 120
-        seen = {p.name for p in mark.glob("step-*")}
-        while time.monotonic() < patience and process.poll() is None and {p.name for p in mark.glob("step-*")} == seen:
-            time.sleep(0.01)
-        time.sleep(chance.random())
-        if process.poll() is not None:
-            assert process.returncode == 0, process.stderr.read().decode()
-            break
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        made += 1
-        named = sorted(mark.glob("step-*"))
-        for path in named:
-            verify(path)
-        steps.append(int(named[-1].name.split("-")[1]) if named else 0)
-    subprocess.run([*train, "--resume", "--out", str(part)], check=True, capture_output=True)
-    assert steps == sorted(steps), "a checkpoint was lost"
-    print(f"{made} kills, at steps {steps[0]:,} to {steps[-1]:,}")
+    begin = ["train", "--data", str(text), "--steps", str(steps), "--length", "24", "--depth", "1", "--device", "cpu"]
+    begin += settings
+    # None: before anything is saved; one of these first, while there is no run yet.
+    early = kills // 3
+    moments = [None] * (early - 1) + [chance.uniform(0, 0.9 * steps) for _ in range(kills - early)]
+    goals = iter(sorted(goal for goal in moments if goal is not None))
+    chance.shuffle(moments)
+    moments = [None] * (kills - len(moments)) + [None if goal is None else next(goals) for goal in moments]
+    seen, in_saves, before_any, startup = [], 0, 0, 0.5
+    with (tmp_path / "said").open("wb") as errors:
+        server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / "forking_train.py")], bufsize=0,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+        )  # fmt: skip
+        said = lambda: (tmp_path / "said").read_text()[-2000:]  # noqa: E731
+        try:
+            assert session(server, [*begin, "--out", str(whole)], lambda: False) == 0, said()
+            for goal in moments:
+                started, before = time.monotonic(), newest_step(part)
+                wait, last = chance.uniform(0, 1.2 * startup), chance.uniform(0, 0.03)
+
+                def due(goal=goal, started=started, before=before, wait=wait, last=last) -> bool:
+                    if goal is None:
+                        return time.monotonic() - started > wait
+                    if newest_step(part) <= max(goal, before):
+                        return False
+                    time.sleep(last)  # and then anywhere in a save or two
+                    return True
+
+                there = (part / "config.json").exists()
+                code = session(server, [*(["train", "--resume"] if there else begin), "--out", str(part)], due)
+                assert code == -signal.SIGKILL, f"it ended before it was killed, with exit code {code}: {said()}"
+                named = sorted((part / "checkpoints").glob("step-*"))
+                for path in named:
+                    verify(path)
+                assert len(named) >= min(2, newest_step(part)), "a checkpoint was lost"
+                assert newest_step(part) >= before, "the newest checkpoint was lost"
+                if (part / "model.safetensors").exists():
+                    Run.open(part).load()
+                if goal is not None and newest_step(part) < before + 10:
+                    startup = time.monotonic() - started  # about how long it takes until something is saved
+                seen.append(newest_step(part))
+                in_saves += bool(list(part.glob("checkpoints/.writing-*")))
+                before_any += newest_step(part) == before
+            assert session(server, ["train", "--resume", "--out", str(part)], lambda: False) == 0, said()
+        finally:
+            server.kill()
+            server.wait()
+    print(f"{kills} kills, with checkpoints from step {seen[0]:,} to {seen[-1]:,} of {steps:,}; {in_saves} left a "
+          f"checkpoint half written, {before_any} came before the process had saved one")  # fmt: skip
+    assert in_saves >= kills // 5, "hardly a kill came in the midst of a save"
+    assert seen[-1] > steps / 2, "the kills did not go on over the run"
     assert (whole / "model.safetensors").read_bytes() == (part / "model.safetensors").read_bytes()
+    a, b = (load_tensors(run / f"checkpoints/step-{steps:09d}/state.safetensors") for run in (whole, part))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)  # optimisers too
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, part)]
+    assert [x | {"seconds": 0} for x in lines[0]] == [x | {"seconds": 0} for x in lines[1]]
     assert not list(part.rglob(".*")) and not list(part.rglob("damaged-*"))
-    shutil.rmtree(whole)
 
 
 def test_what_is_refused_leaves_no_run_behind(tmp_path, monkeypatch):

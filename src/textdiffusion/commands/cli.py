@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from textdiffusion.commands.describing import make_converted, show_doctor, show_families, show_verify
 from textdiffusion.commands.flags import parser_of
 from textdiffusion.errors import ElsewhereError, UserError, lost
+from textdiffusion.parallel.launching import rank
 from textdiffusion.settings import check_device, check_grid, check_label, check_parallel, check_replay, check_writing
 
 if TYPE_CHECKING:
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from textdiffusion.training.fit import Stopped
 
 
-# Which of the processes that torchrun starts this is: the first speaks for all.
-_RANK = int(os.environ["RANK"]) if os.environ.get("RANK", "").isdecimal() else 0
+_RANK = rank()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             if not lost(error):
                 raise
-            return _refuse("another process of this training has ended, and said why; go on with --resume")
+            return _refuse(
+                "another process has ended, and said why; --resume goes on with a training, and the same "
+                "command with a comparison"
+            )
         return _refuse(
             "this machine has not enough memory for that; ask for fewer or shorter texts, or a smaller network"
         )

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 from textdiffusion.compare.differences import differences, read_results
 from textdiffusion.compare.plan import JUDGE, MINUTES, Plan, read_plan, settle, write
 from textdiffusion.errors import UserError
+from textdiffusion.parallel.launching import launched, rank
 from textdiffusion.text.data import check_source
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from textdiffusion.parallel.distributed import Group
 
 SHOWN = 40  # differences that are printed; all of them are in differences.json
 
@@ -31,13 +34,42 @@ def compare(args: argparse.Namespace, console: Console) -> int:
     before = None if args.results is None else read_results(args.results)
     plan = _plan(args) if before is None else _again(args, before)
     out = args.out or _folder(args.results)
-    settle(plan, out)
+    refused = None
+    try:
+        if rank() == 0:
+            settle(plan, out)
+    except UserError as error:
+        if launched() == 1:
+            raise
+        refused = str(error)  # which the others are told once they have met
+    from textdiffusion.compare.driving import PATIENCE
+    from textdiffusion.loading import pick_device
+    from textdiffusion.parallel.distributed import joined
+
+    device = pick_device(args.device)
+    with joined(device, PATIENCE) as group:
+        group.together(refused)
+        return _together(args, plan, Path(group.told(str(out))), device, console, before, group)
+
+
+def _together(
+    args: argparse.Namespace,
+    plan: Plan,
+    out: Path,
+    device: str,
+    console: Console,
+    before: dict[str, Any] | None,
+    group: Group,
+) -> int:
+    from rich.console import Console
+
     from textdiffusion.compare.driving import Comparison, Interrupted
     from textdiffusion.compare.figures import draw
     from textdiffusion.compare.page import page
-    from textdiffusion.loading import pick_device
 
-    comparison = Comparison(plan, out, pick_device(args.device), console, args.json)
+    if group.size > 1:
+        console = Console(stderr=args.json, force_terminal=False)  # several write: no line may move under another
+    comparison = Comparison(plan, out, device, console, args.json, group)
     try:
         results = comparison.run()
     except Interrupted as stop:
@@ -46,6 +78,8 @@ def compare(args: argparse.Namespace, console: Console) -> int:
     except KeyboardInterrupt:
         comparison.say(f"stopped; the same command goes on where it was: what is there is in {out}")
         return 130
+    if results is None:  # the main process has them
+        return 0
     write(out / "index.html", page(results, draw(results, out / "figures")))
     return _report(args, out, results, before)
 

@@ -5,14 +5,18 @@ REPORT/runs/NAME           the runs, as `textdiffusion train` makes them; finish
 REPORT/measured/NAME.json  figures of a run, kept part by part; shared.json: what belongs to no run
 REPORT/results.json        all figures, the plan, and what they were made with
 REPORT/index.html          the page; REPORT/figures has its plots
+
+Of several processes each trains and measures whole families, one after another, whichever is next: nothing is sent
+between them, and what a family is does not depend on how many there are. The main one gathers the report.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from textdiffusion.compare.judging import Judge, OwnJudge, PublicJudge
-from textdiffusion.compare.measuring import PARTS, Bench, check_text, cost, yardsticks
+from textdiffusion.compare.measuring import PARTS, UNDISTURBED, Bench, check_text, cost, yardsticks
 from textdiffusion.compare.plan import JUDGE, Plan, write
 from textdiffusion.config import RunConfig, read_config
 from textdiffusion.doctor import machine
@@ -31,6 +35,7 @@ from textdiffusion.errors import UserError
 from textdiffusion.loading import load
 from textdiffusion.machine import fastest_precision
 from textdiffusion.mathematics.noise import Noise
+from textdiffusion.parallel.distributed import ALONE, Group
 from textdiffusion.process import count_parameters
 from textdiffusion.run import Run, build
 from textdiffusion.settings import Precision
@@ -39,6 +44,7 @@ from textdiffusion.training.fit import prepare
 from textdiffusion.training.terminal import clock, follow
 
 FORMAT = 1
+PATIENCE = timedelta(days=90)  # that a process without work waits for those that train
 SHARED = "shared"  # among what is measured: what belongs to no run
 
 
@@ -59,47 +65,85 @@ class Comparison:
     device: str
     console: Console
     quiet: bool = False
+    group: Group = ALONE
     precision: Precision = "auto"
 
     def say(self, line: str) -> None:
+        """To people; what another than the main process does is said to be its."""
         if not self.quiet:
-            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+            who = "" if self.group.main else f"process {self.group.rank}: "
+            self.console.print(f"{who}{line}", highlight=False, soft_wrap=True, markup=False)
 
-    def run(self) -> dict[str, Any]:
-        """Do what is left to do; returns what results.json holds.
+    def run(self) -> dict[str, Any] | None:
+        """Do what is left to do; returns what results.json holds, on the main process.
 
         Raises:
             UserError: unusable text or settings.
             Interrupted: by a signal, after saving.
         """
-        plan, begin = self.plan, time.perf_counter()
-        bounds = cost(plan)
+        plan, group, begin = self.plan, self.group, time.perf_counter()
+        failure = None
+        try:
+            if group.main:
+                self._begin()
+        except UserError as error:
+            failure = str(error)
+        group.together(failure)
+        # What is fast is measured, and can come out differently on a busy machine: once, for all.
+        self.precision = self._part(SHARED, "precision", self._fastest)["precision"]
+        runs = self._runs()
+        for number in group.take("training", len(runs)):
+            name, family, config = runs[number]
+            self.say(f"[{number + 1} of {len(runs)}] {name}")
+            self._train(name, family, config)
+        group.together(None)
+        first = Run.open(self._path(plan.families[0]))
+        corpus, tokenizer, _ = prepare(first.config, first.tokenizer)
+        bench = Bench.of(plan, corpus, tokenizer, self._judge())
+        at_once = [part for part in PARTS if group.size == 1 or part not in UNDISTURBED]
+        for number in group.take("measuring", len(plan.families) + 1):
+            if number < len(plan.families):
+                self._measure(plan.families[number], bench, at_once)
+            else:
+                self._part(SHARED, "yardsticks", partial(yardsticks, bench))
+        group.together(None)
+        if not group.main:
+            return None
+        rows = {}
+        for name in plan.families:
+            self._measure(name, bench, PARTS)
+            rows[name] = {part: body for part, body in self._kept(name).items() if part in ("training", *PARTS)}
+        found = self._kept(SHARED)["yardsticks"]
+        results = {"format": FORMAT, "plan": plan.as_dict(), "protocol": self._protocol(bench), "rows": rows}
+        results |= {"yardsticks": found, "cost": cost(plan)}
+        write(self.out / "results.json", json.dumps(results, indent=1) + "\n")
+        self.say(f"measured in {clock(time.perf_counter() - begin)}")
+        return results
+
+    def _begin(self) -> None:
+        """Say what will be done, and refuse what cannot be."""
+        plan, bounds = self.plan, cost(self.plan)
         self.say(
             f"{len(plan.families)} families, {plan.budget} of training each; then of each {bounds['texts_written']:,} "
             f"texts, in at most {bounds['sampling_calls']:,} network calls, and its likelihood, in about "
             f"{bounds['likelihood_calls']:,}"
         )
-        # What is fast is measured, and can come out differently on a busy machine: once, for all.
-        self.precision = self._part(SHARED, "precision", self._fastest)["precision"]
-        runs = [(name, name, self._config(name)) for name in plan.families]
-        if plan.judge == "own":
+        if self.group.size > 1:
+            self.say(f"{self.group.size} processes, each of which trains and measures whole families")
+            if plan.minutes is not None and self.device == "cpu":
+                self.say(
+                    "processes on one machine share its processors: a family's minutes are worth what the others leave "
+                    "of them, which need not be the same for all; --steps or --flops are"
+                )
+        self._part(SHARED, "precision", self._fastest)
+        self._part(SHARED, "held_out", partial(check_text, plan, self._runs()[0][2]))
+
+    def _runs(self) -> list[tuple[str, str, RunConfig]]:
+        """Name, family and config of all that is trained."""
+        runs = [(name, name, self._config(name)) for name in self.plan.families]
+        if self.plan.judge == "own":
             runs.append((JUDGE, "autoregressive", self._judge_config()))
-        self._part(SHARED, "held_out", partial(check_text, plan, runs[0][2]))
-        for number, (name, family, config) in enumerate(runs, 1):
-            self.say(f"[{number} of {len(runs)}] {name}")
-            self._train(name, family, config)
-        first = Run.open(self._path(plan.families[0]))
-        corpus, tokenizer, _ = prepare(first.config, first.tokenizer)
-        bench = Bench.of(plan, corpus, tokenizer, self._judge())
-        rows = {}
-        for name in plan.families:
-            rows[name] = self._measure(name, bench)
-        found = self._part(SHARED, "yardsticks", partial(yardsticks, bench))
-        results = {"format": FORMAT, "plan": plan.as_dict(), "protocol": self._protocol(bench), "rows": rows}
-        results |= {"yardsticks": found, "cost": bounds}
-        write(self.out / "results.json", json.dumps(results, indent=1) + "\n")
-        self.say(f"measured in {clock(time.perf_counter() - begin)}")
-        return results
+        return runs
 
     def _fastest(self) -> dict[str, Any]:
         asked = self.plan.config(self.plan.families[0], 1).training.precision
@@ -143,9 +187,12 @@ class Comparison:
                 raise UserError(f"{path} is a run on another text, {there.data.source}; choose another --out")
         if config.training.precision == "auto":
             config = replace(config, training=replace(config.training, precision=self.precision))
-        stopped = follow(config, path, resume, self.device, self.console, self.quiet)
+        quiet, alone = self.quiet or not self.group.main, Group(device=self.device)
+        stopped = follow(config, path, resume, self.device, self.console, quiet, group=alone)
         if stopped.signal is not None:
             raise Interrupted(stopped.signal)
+        if not self.group.main:
+            self.say(f"{name}: {stopped.step:,} steps in {clock(stopped.seconds)}, {stopped.best:.3f} bits/char")
         config = read_config(path)
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         learning = [json.loads(line) for line in lines]
@@ -160,6 +207,7 @@ class Comparison:
                 "seconds": stopped.seconds,
                 "precision": config.training.precision,
                 "batch": config.training.batch,
+                "processes": self.group.size,
                 "flops": flops_of_a_step(config) * stopped.step,
                 "network": config.network,
                 "process": config.process,
@@ -176,20 +224,19 @@ class Comparison:
             return PublicJudge(self.plan.judge, self.device)
         return OwnJudge(load(self._path(JUDGE), self.device, "fp32"))
 
-    def _measure(self, name: str, bench: Bench) -> dict[str, Any]:
-        kept = self._kept(name)
-        if any(kept.get(part) is None for part in PARTS):
-            model = load(self._path(name), self.device, self.precision)
-            if model.config.text != fingerprint(bench.corpus):
-                raise UserError(f"{self._path(name)} was trained on another text; choose another --out")
-            if model.tokenizer.to_json() != bench.tokenizer.to_json():
-                raise UserError(f"{self._path(name)} has a tokenizer of its own; choose another --out")
-            for part, act in PARTS.items():
-                if kept.get(part) is None:
-                    self.say(f"{name}: {part}")
-                    self._part(name, part, partial(act, model, bench))
-        kept = self._kept(name)
-        return {part: kept[part] for part in ("training", *PARTS)}
+    def _measure(self, name: str, bench: Bench, parts: Iterable[str]) -> None:
+        """Those of the parts that have not been measured."""
+        left = [part for part in parts if self._kept(name).get(part) is None]
+        if not left:
+            return
+        model = load(self._path(name), self.device, self.precision)
+        if model.config.text != fingerprint(bench.corpus):
+            raise UserError(f"{self._path(name)} was trained on another text; choose another --out")
+        if model.tokenizer.to_json() != bench.tokenizer.to_json():
+            raise UserError(f"{self._path(name)} has a tokenizer of its own; choose another --out")
+        for part in left:
+            self.say(f"{name}: {part}")
+            self._part(name, part, partial(PARTS[part], model, bench))
 
     def _kept(self, name: str) -> dict[str, Any]:
         file = self.out / "measured" / f"{name}.json"

@@ -337,6 +337,9 @@ PARTS: dict[str, Callable[[Model, Bench], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+UNDISTURBED = ("speed",)  # measured by one process, while the others do nothing
+
+
 def yardsticks(bench: Bench) -> dict[str, Any]:
     """Rows beside the families': held-out text itself, and samplers without a parameter that a judge praises."""
     n = len(bench.shown)

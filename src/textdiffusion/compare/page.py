@@ -176,6 +176,18 @@ def _texts(results: Mapping[str, Any]) -> str:
 # -- protocol -----------------------------------------------------------------------------------------------------
 
 
+def _processes(rows: Mapping[str, Any]) -> str:
+    """How many processes worked at the families at the same time."""
+    numbers = sorted({row["training"].get("processes", 1) for row in rows.values()})
+    if numbers == [1]:
+        return "1"
+    return (
+        f"{' or '.join(map(str, numbers))}, each at a family of its own; on one machine they share its processors, so "
+        "that minutes of training and seconds for a text in a batch depend on what the others did; a text written by "
+        "itself is timed while they wait"
+    )
+
+
 def _protocol(results: Mapping[str, Any]) -> str:
     protocol, held = results["protocol"], results["protocol"]["held_out"]
     facts = {
@@ -189,6 +201,7 @@ def _protocol(results: Mapping[str, Any]) -> str:
         "network calls": protocol["calls"],
         "sampling precision": protocol["sampling_precision"],
         "training precision": ", ".join(protocol["training_precision"]),
+        "processes": _processes(results["rows"]),
         "seeds": ", ".join(f"{name} {seed}" for name, seed in protocol["seeds"].items()),
         "judge": protocol["judge"] or "none",
         "most that measuring a family may take": ", ".join(

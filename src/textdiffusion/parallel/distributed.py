@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from textdiffusion.errors import ElsewhereError, UserError
+from textdiffusion.parallel.launching import launched
 
 PATIENCE = timedelta(minutes=30)  # that one process waits for another, which may be compiling or reading a corpus
 
@@ -96,6 +97,19 @@ class Group:
             out += [batch.popleft() for _ in range(min(size, total - first, len(batch)))]
         return out
 
+    def take(self, queue: str, total: int) -> Iterator[int]:
+        """Numbers of 0 .. total - 1, each of which goes to the process that asks for it first.
+
+        Args:
+            queue: what they are numbers of; another name for every queue.
+        """
+        if self.size == 1:
+            yield from range(total)
+            return
+        store = dist.distributed_c10d._get_default_store()  # where the processes have found each other; counts exactly
+        while (number := store.add(f"queue {queue}", 1) - 1) < total:
+            yield number
+
     def together(self, failure: str | None) -> None:
         """Go on if no process has failed.
 
@@ -120,19 +134,13 @@ class Group:
 ALONE = Group()
 
 
-def launched() -> int:
-    """How many processes torchrun has started; 1 without it."""
-    try:
-        return max(1, int(os.environ.get("WORLD_SIZE", "1")))
-    except ValueError:
-        return 1
-
-
 @contextmanager
-def joined(device: str = "cpu") -> Iterator[Group]:
+def joined(device: str = "cpu", patience: timedelta = PATIENCE) -> Iterator[Group]:
     """The group of the processes that torchrun has started, on a GPU each where ``device`` is "cuda"; a group of one
     without it.
 
+    Args:
+        patience: for how long one waits for another that is at work; one that has ended is not waited for.
     Raises:
         UserError: fewer GPUs here than processes, or the processes cannot find each other.
     """
@@ -159,7 +167,7 @@ def joined(device: str = "cpu") -> Iterator[Group]:
         store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
         # torchrun keeps one store over restarts: where the processes of a former start listened is still in it.
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(timeout=PATIENCE, store=store, rank=rank, world_size=size, **options)
+        dist.init_process_group(timeout=patience, store=store, rank=rank, world_size=size, **options)
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the processes cannot find each other ({reason}); start them with torchrun") from None

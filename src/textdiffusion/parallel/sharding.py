@@ -92,6 +92,16 @@ class Spread:
         return norm
 
 
+def sharded(parallel: Parallel, group: Group, parameters: int) -> bool:
+    """Whether each process keeps only a shard of the network: if asked to, or where a GPU cannot hold all of it."""
+    if group.size == 1:
+        return False
+    if parallel != "auto" or group.device != "cuda":
+        return parallel == "fsdp"
+    # Weights, gradients, averages and two moments in float32 should leave a third of the memory for activations.
+    return 20 * parameters > torch.cuda.get_device_properties(group.device).total_memory * 2 / 3
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's shard of a tensor, or all of one that is not sharded."""
     # Asked by name: to import the class of sharded tensors takes a second, which one process need not wait.

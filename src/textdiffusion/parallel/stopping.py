@@ -6,6 +6,7 @@ import signal
 from types import FrameType
 
 from textdiffusion.parallel.distributed import Group
+from textdiffusion.parallel.launching import launched
 
 
 class Signals:
@@ -19,7 +20,7 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        if self.group.size == 1:
+        if launched() == 1:
             self._restore()
 
     def agreed(self) -> int | None:

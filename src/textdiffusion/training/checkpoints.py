@@ -111,7 +111,7 @@ class Checkpoints:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-        tensors, begun = _cuttable(learner), [""]
+        tensors, begun = _apart(_cuttable(learner)), [""]
 
         def begin() -> None:
             _check_finite(tensors)
@@ -254,6 +254,17 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Refuse to save what no training can go on from."""
     if not all(bool(torch.isfinite(local(tensor)).all()) for tensor in tensors.values()):
         raise UserError("a weight is no longer a number")
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, with a copy of what has a second name (a head that is its embedding): files hold every name."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        place = local(tensor).untyped_storage().data_ptr()
+        out[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return out
 
 
 def _cuttable(learner: Learner) -> dict[str, Tensor]:

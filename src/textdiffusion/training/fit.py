@@ -23,7 +23,7 @@ from textdiffusion.machine import fastest_precision, micro_batch_for, tune_alloc
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.network import TextNetwork
 from textdiffusion.parallel.distributed import Group, joined
-from textdiffusion.parallel.sharding import Parallel
+from textdiffusion.parallel.sharding import Parallel, sharded
 from textdiffusion.parallel.stopping import Signals
 from textdiffusion.process import Process, count_parameters
 from textdiffusion.run import Run, build
@@ -197,19 +197,27 @@ def _begin(config: RunConfig, path: Path, resume: bool, device: str, group: Grou
 
 
 def fit(
-    config: RunConfig, path: Path, *, resume: bool = False, device: str = "cpu", parallel: Parallel = "auto"
+    config: RunConfig,
+    path: Path,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    parallel: Parallel = "auto",
+    group: Group | None = None,
 ) -> Iterator[Event]:
     """Train a run in ``path``; the consumer's reading of the iterator drives it.
 
     Args:
         resume: go on with the run that is there.
         parallel: with several processes (torchrun): "ddp", "fsdp", or "auto" for the first where memory allows it.
+        group: those that train it together; None: all that torchrun has started.
     Raises:
         UserError: unusable data or settings, a run that is there already, none to resume, or one that another process
             is training.
     """
     tune_allocator()
-    with joined(device) as group, contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held:
+        group = group or held.enter_context(joined(device))
         path, failure = Path(group.told(str(path))), None
         if group.main:
             try:
@@ -401,16 +409,6 @@ def _train(
 def _remove_if_empty(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.rmdir()
-
-
-def sharded(parallel: Parallel, group: Group, parameters: int) -> bool:
-    """Whether each process keeps only a shard of the network: if asked to, or where a GPU cannot hold all of it."""
-    if group.size == 1:
-        return False
-    if parallel != "auto" or group.device != "cuda":
-        return parallel == "fsdp"
-    # Weights, gradients, averages and two moments in float32 should leave a third of the memory for activations.
-    return 20 * parameters > torch.cuda.get_device_properties(group.device).total_memory * 2 / 3
 
 
 def show(process: Process, tokenizer: Tokenizer, length: int, seed: int, device: str) -> str:

@@ -17,6 +17,7 @@ from rich.text import Text
 from textdiffusion.config import SHIPPED, RunConfig
 from textdiffusion.display import plots
 from textdiffusion.display.frames import one_line
+from textdiffusion.parallel.distributed import Group
 from textdiffusion.parallel.sharding import Parallel
 from textdiffusion.training.fit import Event, Started, Stepped, Stopped, Validated, Warned, fit
 from textdiffusion.training.tracking import tracked
@@ -105,11 +106,13 @@ def follow(
     quiet: bool = False,
     track: str | None = None,
     parallel: Parallel = "auto",
+    group: Group | None = None,
 ) -> Stopped:
-    """Train, or go on with, a run, and show it."""
+    """Train, or go on with, a run, and show it; ``group`` as in fit."""
     last = None
     with TrainingView(console, quiet) as view:
-        for event in tracked(fit(config, path, resume=resume, device=device, parallel=parallel), track, config, path):
+        events = fit(config, path, resume=resume, device=device, parallel=parallel, group=group)
+        for event in tracked(events, track, config, path):
             view.show(event)
             if isinstance(event, Stopped):
                 last = event
