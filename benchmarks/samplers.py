@@ -41,7 +41,8 @@ BOUND_TOKENS = 2048  # that likelihoods are measured on
 
 
 def cases(model: td.Model, calls: Sequence[int]) -> Iterator[tuple[str, str, int]]:
-    """(sampler, grid, calls): every sampler on the grid that is its default, and the first one on all grids."""
+    """(sampler, grid, calls): every sampler on the grid that is its default, and the first one and `spread`, whose
+    order is not the random one that the optimal grid is optimal for, on all grids."""
     first, *others = model.process.steps
     names = [first, *reversed(others)]  # those that were added last are of most interest
     for name in names:
@@ -49,9 +50,10 @@ def cases(model: td.Model, calls: Sequence[int]) -> Iterator[tuple[str, str, int
         for budget in calls if pace != "each" else calls[-1:]:
             yield name, model.grid().name, budget
     for grid in GRIDS if model.grid().name == "optimal" else GRIDS[:-1]:
-        if grid != model.grid().name and model.process.steps[names[0]].pace != "each":
-            for budget in calls:
-                yield names[0], grid, budget
+        for name in (name for name in (first, "spread") if name in names):
+            if grid != model.grid().name and model.process.steps[name].pace != "each":
+                for budget in calls:
+                    yield name, grid, budget
 
 
 def write_texts(runs: dict[str, td.Model], path: Path, parts: int, calls: Sequence[int], until: float) -> None:
@@ -141,7 +143,7 @@ def likelihoods(model: td.Model, windows: Sequence[np.ndarray], wanted: set[tupl
 def summarise(
     runs: dict[str, td.Model], path: Path, judge: td.Model, bounds: bool, old: dict[str, Any]
 ) -> dict[str, Any]:
-    """All that the page shows."""
+    """All that the page shows; families that none of the runs is of stay as they were measured before."""
     first = next(iter(runs.values()))
     corpus, _, _ = prepare(first.config, first.tokenizer)
     words, text = word_set(corpus), "".join(corpus.validation)
@@ -156,9 +158,14 @@ def summarise(
         assert step // 2 >= length, "too short a text to be compared with itself"
         return [text[i * step + half * (step // 2) :][:length] for i in range(n)]
 
-    rows, likes = [], dict(old.get("likelihoods", {}))
-    lengths = sorted({key[2] for key in groups})
-    real = {str(n): quality(cut(n, PART, 1), cut(n, PART, 0), words, judge) | {"texts": PART} for n in lengths}
+    new = {model.config.family for model in runs.values()}
+    rows = [r for r in old.get("rows", ()) if r["family"] not in new]
+    kept = {r["run"] for r in rows}
+    likes = {run: found for run, found in old.get("likelihoods", {}).items() if run in kept | runs.keys()}
+    real = {run: found for run, found in old.get("held_out", {}).items() if run in kept}
+    for run, model in runs.items():
+        n = model.window
+        real[run] = quality(cut(n, PART, 1), cut(n, PART, 0), words, judge) | {"texts": PART}
     for key, records in groups.items():
         texts = [text for record in records for text in record["texts"]]
         row = dict(zip(("run", "family", "length", "sampler", "grid", "calls"), key))

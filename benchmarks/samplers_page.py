@@ -14,7 +14,8 @@ HEAD = """# Samplers
 
 What a sampler is for is the best text for a number of network calls. `textdiffusion families NAME` lists those of a
 family, `--sampler` takes one, `--calls` the budget, and `--grid` says where the calls stand between noise and text.
-With `--sampler auto`, the default, the one that was measured to write best at about so many calls a token is taken.
+With `--sampler auto`, the default, the one that was measured to write best at about so many calls a token is taken, and
+with `--grid auto` the grid that it was measured on.
 
 | sampler | noise | what it does |
 |---|---|---|
@@ -64,19 +65,23 @@ def clear(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def recommended(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """For each family and budget the sampler of lowest judged bits/char among those compared, on the run's own grid."""
+    """For each family and budget the sampler of lowest judged bits/char among those compared, and its grid: "auto" for
+    the run's own."""
     out: dict[str, list[dict[str, Any]]] = {}
     for family in sorted({r["family"] for r in found["rows"]}):
         rows = [r for r in found["rows"] if r["family"] == family]
         own = rows[0]["grid"]  # cases begin with it
         for budget in sorted({r["calls"] for r in rows}):
-            some = [r for r in rows if r["calls"] == budget and r["grid"] == own]
-            if len({r["sampler"] for r in some}) < 2:
+            some = [r for r in rows if r["calls"] == budget]
+            if len(some) < 2:
                 continue  # nothing to compare
             best = min(compared(some), key=lambda r: r["judge"])
             out.setdefault(family, []).append(
-                {"calls_a_token": budget / best["length"], "sampler": best["sampler"], "judge": round(best["judge"], 3)}
-            )
+                {
+                    "calls_a_token": budget / best["length"], "sampler": best["sampler"],
+                    "grid": "auto" if best["grid"] == own else best["grid"], "judge": round(best["judge"], 3),
+                }
+            )  # fmt: skip
     return out
 
 
@@ -84,7 +89,8 @@ def write_up(found: dict[str, Any]) -> str:
     """The page."""
     best, parts = recommended(found), [HEAD, "## Measured\n"]
     parts.append(
-        f"Text: {found['text']}. The judge is an {found['judge']} run of the same text, in bits/char; words are those "
+        f"Text: {found['text']}. The judge is an {found['judge']} run of the same text, in bits/char, and not the same "
+        "one for every table: compare within one, and with what its held-out text comes to; words are those "
         "of the book; entropy and divergence (Jensen-Shannon) are of the trigrams of characters, in bits, beside as "
         "much held-out text; seconds are of the processor, a text, on one busy core. `auto` is the sampler of lowest "
         f"judged bits/char among those whose entropy is at least {MATCHED:.0%} of that of held-out text (all, if none "
@@ -100,7 +106,7 @@ def write_up(found: dict[str, Any]) -> str:
     for run in dict.fromkeys(r["run"] for r in found["rows"]):
         rows = [r for r in found["rows"] if r["run"] == run]
         length, likes = rows[0]["length"], found["likelihoods"].get(run, {})
-        real = found["held_out"][str(length)]
+        real = found["held_out"][run]
         parts.append(
             f"### `{rows[0]['family']}`, windows of {length}\n\nHeld-out text itself, {real['texts']} texts: "
             f"{real['valid_words']:.1%} of the words, {real['judge']:.2f} judged bits/char, entropy "
@@ -112,10 +118,10 @@ def write_up(found: dict[str, Any]) -> str:
         for r in sorted(rows, key=lambda r: (r["calls"], r["judge"])):
             like = likes.get(f"{r['sampler']} {r['grid']} {r['calls']}")
             bound = "-" if like is None else f"{'<= ' if like[2] == 'upper' else ''}{like[0]:.3f} +- {like[1]:.3f}"
-            auto = [b["sampler"] for b in best.get(r["family"], []) if b["calls_a_token"] == r["calls"] / length]
-            name = f"`{r['sampler']}`"
-            if r["sampler"] in auto and r["grid"] == rows[0]["grid"]:
-                others = [o for o in rows if o["calls"] == r["calls"] and o["grid"] == r["grid"] and o is not r]
+            auto = [b for b in best.get(r["family"], []) if b["calls_a_token"] == r["calls"] / length]
+            grid, name = "auto" if r["grid"] == rows[0]["grid"] else r["grid"], f"`{r['sampler']}`"
+            if any((b["sampler"], b["grid"]) == (r["sampler"], grid) for b in auto):
+                others = [o for o in rows if o["calls"] == r["calls"] and o is not r]
                 name = f"**{name}**" if all(clear(r, o) for o in others) else f"*{name}*"
             lines.append(
                 f"| {r['made']} | {name} | {r['grid']} | {r['texts']} | {r['valid_words']:.1%} +- "

@@ -17,6 +17,7 @@ from textdiffusion.families import family
 from textdiffusion.families.block import BlockConfig, BlockDiffusion
 from textdiffusion.families.masked import Masked
 from textdiffusion.families.uniform import Uniform, UniformConfig
+from textdiffusion.mathematics.grids import GRIDS
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.mathematics.worlds import random_table
 from textdiffusion.process import Prediction, State
@@ -237,15 +238,15 @@ def test_top_k_cuts_the_law_that_is_drawn_from():
 
 
 def test_auto_is_what_was_measured_nearest(monkeypatch):
-    rows = {"masked": [(0.25, "entropy"), (1.0, "random")]}
+    rows = {"masked": [(0.25, "entropy", "quadratic"), (1.0, "random", "auto")]}
     monkeypatch.setattr(recommendation, "_table", lambda: rows)
     able = ("random", "entropy", "margin")
-    assert recommend("masked", 0.2, able) == "entropy" and recommend("masked", 0.3, able) == "entropy"
-    assert recommend("masked", 0.9, able) == "random" and recommend("masked", 0.2, ("random", "margin")) == "random"
+    assert recommend("masked", 0.2, able) == recommend("masked", 0.3, able) == ("entropy", "quadratic")
+    assert recommend("masked", 0.9, able) == recommend("masked", 0.2, ("random", "margin")) == ("random", "auto")
     # Far from what was measured nothing is known.
-    assert recommend("masked", 0.1, ("margin", "entropy")) == "margin"
-    assert recommend("masked", 20.0, ("margin", "random")) == "margin"
-    assert recommend("uniform", 0.5, ("bridge", "psi")) == "bridge"
+    assert recommend("masked", 0.1, ("margin", "entropy")) == ("margin", "auto")
+    assert recommend("masked", 20.0, ("margin", "random")) == ("margin", "auto")
+    assert recommend("uniform", 0.5, ("bridge", "psi")) == ("bridge", "auto")
 
 
 def test_every_sampler_that_is_recommended_exists():
@@ -254,13 +255,19 @@ def test_every_sampler_that_is_recommended_exists():
     for name, rows in json.loads(recommendation.FILE.read_text(encoding="utf-8"))["recommended"].items():
         process = Subject(family(name)).silent(V)
         assert rows and {row["sampler"] for row in rows} <= set(process.steps)
+        assert {row["grid"] for row in rows} <= {"auto", *GRIDS} - {"optimal"}  # which a run may not hold
         assert all(a["calls_a_token"] < b["calls_a_token"] for a, b in itertools.pairwise(rows))
 
 
 def test_the_command_says_what_auto_came_to(tmp_path, capsys, monkeypatch):
     small_run(tmp_path / "run", "masked", 12)
-    monkeypatch.setattr(recommendation, "_table", lambda: {"masked": [(0.25, "entropy"), (1.0, "random")]})
-    for calls, sampler in ((3, "entropy"), (12, "random")):
+    monkeypatch.setattr(
+        recommendation, "_table", lambda: {"masked": [(0.25, "entropy", "auto"), (1.0, "random", "cosine")]}
+    )
+    for calls, sampler, grid in ((3, "entropy", "time"), (12, "random", "cosine")):
         assert main(["sample", str(tmp_path / "run"), "--json", "--calls", str(calls), "-n", "1"]) == 0
         said = json.loads(capsys.readouterr().out)
-        assert said["sampler"] == sampler and said["calls"] == calls
+        assert said["sampler"] == sampler and said["grid"] == grid and said["calls"] == calls
+    # A grid that is asked for is taken, whatever was measured.
+    assert main(["sample", str(tmp_path / "run"), "--json", "--calls", "12", "-n", "1", "--grid", "rate"]) == 0
+    assert json.loads(capsys.readouterr().out)["grid"] == "rate"

@@ -32,7 +32,7 @@ def row(sampler: str, judge: float, entropy: float = 8.0, calls: int = 8, grid: 
 
 
 def found(*rows: dict) -> dict:
-    real = {"64": {"valid_words": 1.0, "judge": 1.8, "entropy": 8.0, "divergence": 0.1, "texts": 32}}
+    real = {"r": {"valid_words": 1.0, "judge": 1.8, "entropy": 8.0, "divergence": 0.1, "texts": 32}}
     likes = {"r": {"random time 8": [2.5, 0.01, "upper"], "margin time 8": [2.4, 0.02, "exact"]}}
     return {"text": "a book", "judge": "autoregressive", "held_out": real, "rows": list(rows), "likelihoods": likes}
 
@@ -53,8 +53,12 @@ def test_auto_is_the_best_of_those_that_write_varied_text(page):
     assert best["sampler"] == "entropy" and best["calls_a_token"] == 1 / 8
     (best,) = page.recommended(found(*(r | {"entropy": 7.0} for r in rows)))["masked"]
     assert best["sampler"] == "margin"
-    # A single sampler, or one that is on another grid, is compared with nothing.
-    assert page.recommended(found(row("random", 3.0), row("random", 2.0, grid="cosine"))) == {}
+    # The run's own grid is called auto, for another run may not hold it; any other by its name.
+    (best,) = page.recommended(found(row("random", 3.0), row("random", 2.0, grid="cosine")))["masked"]
+    assert best["sampler"] == "random" and best["grid"] == "cosine"
+    (best,) = page.recommended(found(row("random", 2.0), row("random", 3.0, grid="cosine")))["masked"]
+    assert best["grid"] == "auto"
+    assert page.recommended(found(row("random", 3.0))) == {}  # compared with nothing
 
 
 def test_a_bound_is_told_from_an_exact_likelihood_and_from_none(page):

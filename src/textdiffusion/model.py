@@ -100,9 +100,9 @@ class Model:
             "`textdiffusion eval RUN --keep-grid`"
         )
 
-    def recommended(self, calls: int, free: int, held: bool = False) -> str:
-        """The name of the sampler that "auto" means for ``calls`` calls and so many tokens to write; ``held``: to a
-        pattern, which not every sampler can be."""
+    def recommended(self, calls: int, free: int, held: bool = False) -> tuple[str, str]:
+        """The names of the sampler and grid that "auto" means for ``calls`` calls and so many tokens to write;
+        ``held``: to a pattern, which not every sampler can be."""
         able = [name for name, step in self.process.steps.items() if not held or isinstance(step, HasDraft)]
         return recommend(self.config.family, calls / max(free, 1), able or list(self.process.steps))  # refused later
 
@@ -251,8 +251,9 @@ class Model:
         condition = None if label is None else torch.full((n,), self.config.labels.index(label), device=self.device)
         twice = 2 if condition is not None and guidance != 0 else 1
         calls = calls or twice * max(free, 1)
-        if sampler in (None, "auto"):
-            sampler = self.recommended(max(1, calls // twice), free, held=hold is not None)
+        if sampler is None or sampler == "auto":
+            sampler, best = self.recommended(max(1, calls // twice), free, held=hold is not None)
+            grid = best if grid in (None, "auto") else grid
         chosen = self.grid(grid)
         self.used = (sampler, chosen.name)
         for frame in sample(
