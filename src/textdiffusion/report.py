@@ -38,8 +38,8 @@ class RunReport:
     samples: TextStatistics | None
     calls: int  # network calls a sample
     seconds: float  # that writing all samples took
-    grid: str = "time"  # of the figures at so many calls, and of the samples
-    sampler: str = ""  # of the samples
+    grid: str = "time"  # of the figures at so many calls
+    used: tuple[str, str] = ("", "")  # sampler and grid of the samples
     kept: bool = False  # the optimal grid has been measured, and is now in the run
 
     def as_dict(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class RunReport:
             return body | {"samples": None}
         return body | {
             "samples": asdict(self.samples)
-            | {"sampler": self.sampler, "calls": self.calls, "seconds": round(self.seconds, 2)}
+            | {"sampler": self.used[0], "grid": self.used[1], "calls": self.calls, "seconds": round(self.seconds, 2)}
         }
 
     def lines(self) -> list[str]:
@@ -83,8 +83,8 @@ class RunReport:
         s = self.samples
         if s is not None:
             out += [
-                f"samples         {s.words:,} words, {self.calls} calls a text (sampler: {self.sampler}); written in "
-                f"{self.seconds:.1f} s",
+                f"samples         {s.words:,} words, {self.calls} calls a text (sampler: {self.used[0]}, grid: "
+                f"{self.used[1]}); written in {self.seconds:.1f} s",
                 f"  {s.valid_words:.1%} of the words occur in the training text",
                 f"  entropy {s.entropy:.2f} bits a word; distinct "
                 + ", ".join(f"{n}-grams {v:.2f}" for n, v in s.distinct.items())
@@ -179,18 +179,16 @@ def report(
     unseen = 0 if unknown is None else int(sum((w == unknown).sum() for w in windows))
     if lossy(model.tokenizer, corpus):
         likelihood = without_kind(likelihood)
-    statistics, made, spent, writer, begin = None, 0, 0.0, "", time.perf_counter()
+    statistics, made, spent, used, begin = None, 0, 0.0, ("", ""), time.perf_counter()
     if samples and own is not None:
-        size = how.get("length") or model.window
-        writer = sampler or model.recommended(how.get("calls") or size, size)
-        texts, counted = model.sample_counted(samples, seed=seed, grid=grid, sampler=writer, **how)
-        made = max(counted)
+        texts, counted = model.sample_counted(samples, seed=seed, grid=grid, sampler=sampler, **how)
+        made, used = max(counted), model.used
         spent = time.perf_counter() - begin
         statistics = text_statistics(texts, word_set(own), own.train)
     pieces = model.tokenizer.kind not in ("char", "byte")
     return RunReport(
         model.config.family, name, likelihood, unlabelled, unseen, pieces, statistics, made, spent,
-        model.grid(grid).name, writer, bool(measured),
+        model.grid(grid).name, used, bool(measured),
     )  # fmt: skip
 
 
