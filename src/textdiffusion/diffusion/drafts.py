@@ -60,8 +60,8 @@ class Mixture:
     """Law of a step among reals that is two draws, and so a Draft, each position on its own: a token v, then the reals
     from N(start + share e_v, deviation^2).
 
-    positions: bool [B L], N of them. log_p: of the tokens, [N V]. start: [N W]. share, deviation: [N 1]; a deviation of 0
-    is the text itself. codes: e, [V W]. All float64, but for log_p.
+    positions: bool [B L], N of them. log_p: of the tokens, [N V]. start: [N W]. share, deviation: [N 1]; a deviation of
+    0 is the text itself. codes: e, [V W]. All float64, but for log_p.
     """
 
     positions: Tensor

@@ -8,17 +8,15 @@ state at s given that text. Held to an automaton A, the first is a joint draw fr
 by forward-backward (automaton.py), and nothing else changes. What is drawn matches, so that after every step a match
 remains possible (the text that was drawn is one), and after the last one, which writes the text itself, there is one.
 Where noise replaces tokens, or is Gaussian, p is the denoiser's law: the context, reshaped by temperature and top-p,
-times the evidence of the position's own symbol or reals. Families from left to right know nothing of what comes after their block, or their token:
-there, it counts only whether what remains of the length can complete a match.
+times the evidence of the position's own symbol or reals. Families from left to right know nothing of what comes after
+their block, or their token: there, it counts only whether what remains of the length can complete a match.
 
 That is not yet the model's law given A: steps look at each position on its own, so that the first ones choose by a
 chance of a match, Z, that is not the true one. Weights mend this. A held step from x_t to x_s has a chance that is
 
-    h(x_s) / Z(x_t)    times the model's own,      h(x_s) = P(x_0 in A | x_s) under the same product of p_i,
+    h(x_s) / Z(x_t)    times the model's own,      h(x_s) = P(x_0 in A | x_s) under the same product of p_i
 
-(of reals, a density),
-
-so that particles with weights Z / h, resampled when they become too uneven, tend to the law of the sampler's texts
+(among reals that is a density), so that particles with weights Z / h, resampled when they become too uneven, tend to the law of the sampler's texts
 given A as their number grows (sequential Monte Carlo with a twisted proposal; 2505.22524 and 2507.08390 steer by
 rewards that way), and the product of their mean weights is an unbiased estimate of the chance of A. For the sampler of
 T calls it is *its* law given A, which at one token a call, and with the exact posterior, is the world's

@@ -145,8 +145,10 @@ def signal_law(
 def _density(law: Normal | Mixture, points: Tensor, rows: int) -> Tensor:
     """The density [rows m] of a step's law at points [m P W] of the P positions that each of the rows moves."""
     every, (_, positions, width) = torch.ones(rows, len(points), dtype=torch.float64), points.shape
-    parts = [(torch.zeros((), dtype=torch.float64), law)]
-    if isinstance(law, Mixture):
+    parts = []
+    if isinstance(law, Normal):
+        parts = [(torch.zeros((), dtype=torch.float64), law)]
+    else:
         tokens = range(law.log_p.shape[-1])
         parts = [(law.log_p[:, v].double(), law.given(torch.full((len(law.log_p),), v))) for v in tokens]
     for i in range(positions):
