@@ -16,11 +16,11 @@ chance of a match, Z, that is not the true one. Weights mend this. A held step f
 
     h(x_s) / Z(x_t)    times the model's own,      h(x_s) = P(x_0 in A | x_s) under the same product of p_i
 
-(among reals that is a density), so that particles with weights Z / h, resampled when they become too uneven, tend to the law of the sampler's texts
-given A as their number grows (sequential Monte Carlo with a twisted proposal; 2505.22524 and 2507.08390 steer by
-rewards that way), and the product of their mean weights is an unbiased estimate of the chance of A. For the sampler of
-T calls it is *its* law given A, which at one token a call, and with the exact posterior, is the world's
-(tests/test_constraints.py).
+(among reals that is a density), so that particles with weights Z / h, resampled when they become too uneven, tend to
+the law of the sampler's texts given A as their number grows (sequential Monte Carlo with a twisted proposal; 2505.22524
+and 2507.08390 steer by rewards that way), and the product of their mean weights is an unbiased estimate of the chance
+of A. For the sampler of T calls it is *its* law given A, which at one token a call, and with the exact posterior, is
+the world's (tests/test_constraints.py, test_held_gaussian.py).
 """
 
 from __future__ import annotations
