@@ -32,6 +32,7 @@ with `--grid auto` the grid that it was measured on.
 | `gibbs` | replacing | some positions are drawn anew given all others |
 | `euler` | replacing | jumps by rates |
 | `ancestral`, `ddim`, `dpm`, `churn` | Gaussian | the chain (has a bound); the flow; to second order; noised |
+| `bridge` | Gaussian | the chain by drawn tokens, not their mean; can be held to a pattern |
 
 `entropy` and `threshold` set their limit in every call so that, were the doubts to stay as they are, the calls that are
 left would do: they make as many calls as they are asked for. Where positions follow from what is written by a rule, a

@@ -15,7 +15,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from torch import Tensor
 from textdiffusion.mathematics.grids import Grid
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.candidates import Slots
+
+if TYPE_CHECKING:
+    from textdiffusion.diffusion.drafts import Mixture
 
 Network = Callable[..., Tensor]
 Reshape = Callable[[Tensor], Tensor]  # of log-probabilities [N V], by temperature and top-p
@@ -158,7 +161,7 @@ class Step(ABC):
     @abstractmethod
     def law(
         self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape
-    ) -> Categorical | Normal:
+    ) -> Categorical | Normal | Mixture:
         """The law of the state at times s [B]; ``prediction`` is for the N asked positions. Where a position holds
         reals, a Categorical is that of tokens, and ends the run (``Process.embed``).
 

@@ -1,6 +1,11 @@
 """Reverse steps under Gaussian noise. Each makes T - 1 moves among reals and draws the tokens in its T-th call.
 
 ancestral   q(z_s | z_t, x) with the predicted mean for x (2006.11239; 2107.00630); has a T-call bound
+bridge      sum over v of p(v | z_t) q(z_s | z_t, v), each position on its own: a token is drawn, and the noise's own
+            bridge goes towards its code, as where noise replaces tokens (replacing.py). With the exact posterior the
+            law of each position is that of its time at any T, which the mean, having no spread, comes to only in the
+            limit of many calls; there the two are one chain. It draws a text, so it is the one that can be held to a
+            pattern (drafts.py). No bound is reckoned for it
 ddim        no chance after the start (2010.02502): Euler's step of the probability flow in the clock sigma / alpha.
             With ``process.delta`` the state is moved further than the network is then told, by so many steps:
             asymmetric time intervals (2208.04202)
@@ -12,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, ClassVar, final
 
 import torch
 from torch import Tensor
 
+from textdiffusion.diffusion.drafts import Mixture
 from textdiffusion.mathematics.gaussian import deterministic, noised, posterior
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.process import Categorical, Normal, Prediction, Reshape, State, Step
@@ -28,22 +34,58 @@ if TYPE_CHECKING:
 Move = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-@final
 @dataclass
-class Denoising(Step):
-    """A move among reals, and tokens at the end."""
+class Everywhere(Step):
+    """A step that moves all positions that are not given."""
 
     process: Coded
-    note: str  # type: ignore[misc]
-    move: Move
-    second_order: bool = False
-    delta: float = 0.0  # steps that the state is moved further than the network is told
 
     def ask(self, state: State, s: Tensor, noise: Noise) -> Tensor:
         return self.process.free(state)
 
     def asks(self, state: State, s: Tensor) -> Iterator[tuple[float, Tensor]]:
         yield 1.0, self.process.free(state)
+
+
+@final
+@dataclass
+class Bridge(Everywhere):
+    """A text, and the noise's bridge towards it; in the end the text itself."""
+
+    note: ClassVar[str] = "the reversed chain, each position on its own; can be held to a pattern"
+    reverses: ClassVar[bool] = True
+
+    def law(
+        self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape
+    ) -> Categorical | Mixture:
+        if bool((s == 0).all()):
+            return Categorical(asked, prediction.native.posterior(reshape))
+        return self.draft(state, asked, prediction, s, reshape)
+
+    def foreseen(self, state: State) -> Tensor:
+        return self.process.free(state)
+
+    def draft(self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape) -> Mixture:
+        process, row, z = self.process, asked.nonzero()[:, 0], state.x[asked].double()
+        # A bridge to no noise at all is the text itself.
+        ends = process.log_snr(s).masked_fill(s == 0, torch.inf)
+        now, then = (log_snr[row].unsqueeze(-1) for log_snr in (process.log_snr(state.t), ends))
+        none, one = torch.zeros_like(now), torch.ones_like(now)
+        start, deviation = posterior(z, none, now, then)
+        share, _ = posterior(none, one, now, then)
+        codes = process.codes().to(z)
+        return Mixture(asked, prediction.native.posterior(reshape), start, share, deviation, codes)
+
+
+@final
+@dataclass
+class Denoising(Everywhere):
+    """A move among reals, and tokens at the end."""
+
+    note: str  # type: ignore[misc]
+    move: Move
+    second_order: bool = False
+    delta: float = 0.0  # steps that the state is moved further than the network is told
 
     def law(
         self, state: State, asked: Tensor, prediction: Prediction, s: Tensor, reshape: Reshape
@@ -84,6 +126,7 @@ def denoising_steps(process: Coded, churn: float, delta: float) -> dict[str, Ste
 
     return {
         "ancestral": Denoising(process, "the reversed chain; has a T-call bound", posterior),
+        "bridge": Bridge(process),
         "ddim": Denoising(process, "the flow, by Euler's steps; chance at the start only", flow, delta=delta),
         "dpm": Denoising(process, "the flow, to second order: DPM-Solver++(2M)", flow, second_order=True),
         "churn": Denoising(process, "the flow, with noise added after every step", churned),

@@ -7,20 +7,20 @@ state at s given that text. Held to an automaton A, the first is a joint draw fr
 
 by forward-backward (automaton.py), and nothing else changes. What is drawn matches, so that after every step a match
 remains possible (the text that was drawn is one), and after the last one, which writes the text itself, there is one.
-Where noise replaces tokens, p is the denoiser's law: the context, reshaped by temperature and top-p, times the evidence
-of the position's own symbol. Families from left to right know nothing of what comes after their block, or their token:
-there, it counts only whether what remains of the length can complete a match.
+Where noise replaces tokens, or is Gaussian, p is the denoiser's law: the context, reshaped by temperature and top-p,
+times the evidence of the position's own symbol or reals. Families from left to right know nothing of what comes after
+their block, or their token: there, it counts only whether what remains of the length can complete a match.
 
 That is not yet the model's law given A: steps look at each position on its own, so that the first ones choose by a
 chance of a match, Z, that is not the true one. Weights mend this. A held step from x_t to x_s has a chance that is
 
-    h(x_s) / Z(x_t)    times the model's own,      h(x_s) = P(x_0 in A | x_s) under the same product of p_i,
+    h(x_s) / Z(x_t)    times the model's own,      h(x_s) = P(x_0 in A | x_s) under the same product of p_i
 
-so that particles with weights Z / h, resampled when they become too uneven, tend to the law of the sampler's texts
-given A as their number grows (sequential Monte Carlo with a twisted proposal; 2505.22524 and 2507.08390 steer by
-rewards that way), and the product of their mean weights is an unbiased estimate of the chance of A. For the sampler of
-T calls it is *its* law given A, which at one token a call, and with the exact posterior, is the world's
-(tests/test_constraints.py).
+(among reals that is a density), so that particles with weights Z / h, resampled when they become too uneven, tend to
+the law of the sampler's texts given A as their number grows (sequential Monte Carlo with a twisted proposal; 2505.22524
+and 2507.08390 steer by rewards that way), and the product of their mean weights is an unbiased estimate of the chance
+of A. For the sampler of T calls it is *its* law given A, which at one token a call, and with the exact posterior, is
+the world's (tests/test_constraints.py, test_held_gaussian.py).
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from textdiffusion.process import Process, Step
 from textdiffusion.sampling.particles import Particles
 from textdiffusion.text.template import Template
 
-COLDEST = 1e-6  # stands for temperature 0: the likeliest text that matches
-CUT = 1e4  # nats that a token costs which top-p leaves out
+# Both beyond what the evidence of reals with hardly any noise comes to: up to some 1e5 nats a real.
+COLDEST = 1e-12  # stands for temperature 0: the likeliest text that matches
+CUT = 1e9  # nats that a token costs which top-p leaves out
 IMPOSSIBLE = -1e5  # log-probability of what the model has at zero
 
 
@@ -63,7 +64,7 @@ class Hold:
         if not isinstance(step, HasDraft):
             able = [name for name, other in process.steps.items() if isinstance(other, HasDraft)]
             if not able:
-                raise UserError("this family cannot be held to a pattern; use a run of discrete noise, such as masked")
+                raise UserError("this family cannot be held to a pattern; use a run of another, such as masked")
             raise UserError(f"this sampler cannot be held to a pattern; use another: {', '.join(able)}")
         if self.automaton.vocabulary != process.vocabulary:
             raise ValueError("the automaton is of another vocabulary")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from textdiffusion.diffusion.drafts import HasDraft
+from textdiffusion.diffusion.drafts import HasDraft, Mixture
 from textdiffusion.diffusion.guidance import Guidance, told
 from textdiffusion.errors import UserError
 from textdiffusion.mathematics.categorical import draw, reshape_law
@@ -315,6 +315,8 @@ def _advance(
         draft = held.draft(state, asked, prediction, s, reshape)
         law = draft.given(hold.text(draft, process.decode(state), noise, rows))
     x = state.x.clone()
+    if isinstance(law, Mixture):
+        law = law.given(draw(law.log_p, noise.uniform("token", x.shape[1])[law.positions]))
     if isinstance(law, Normal):
         x[law.positions] = law.mean.to(x.dtype)
         if bool((law.deviation > 0).any()):

@@ -8,7 +8,8 @@ come to exp(r(x)), whatever was foreseen on the way (Feynman-Kac steering 2501.0
 says early which particles are worth going on with.
 
 Where a step does not say what text it goes towards, a text is weighed as far as it is written: left to right its
-beginning, and with Gaussian noise what the network takes the tokens for. Texts with holes wait for the end.
+beginning, and with Gaussian noise (but for the sampler bridge) what the network takes the tokens for. Texts with holes
+wait for the end.
 """
 
 from __future__ import annotations

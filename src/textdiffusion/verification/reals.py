@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from textdiffusion.diffusion.drafts import Mixture
 from textdiffusion.errors import UserError
 from textdiffusion.mathematics.gaussian import posterior
 from textdiffusion.mathematics.noise import Noise
@@ -130,16 +131,37 @@ def signal_law(
         law = step.law(ways.state, asked, prediction, s, lambda log_p: log_p)
         if isinstance(law, Categorical):
             return _texts(process, law, ways.chance, free, tokens, length)
-        mean, deviation = law.mean.view(-1, size), law.deviation.view(len(s), -1)[:, :1]
         if still:
-            ways = replace(ways, state=State(placed(mean), s, ways.state.given, prediction.memory))
+            moved = placed(law.mean.view(-1, size))
+            ways = replace(ways, state=State(moved, s, ways.state.given, prediction.memory))
             continue
-        if float(deviation.min()) < FOLLOWED * cell ** (1 / size):
-            raise UserError(f"a step with deviation {float(deviation.min()):.2g} is too sharp for the grid")
-        square = torch.cdist(mean, points).square() / deviation.square()
-        density = torch.exp(-0.5 * square) * (cell / (2 * math.pi) ** (size / 2)) / deviation**size
+        if float(law.deviation.min()) < FOLLOWED * cell ** (1 / size):
+            raise UserError(f"a step with deviation {float(law.deviation.min()):.2g} is too sharp for the grid")
+        density = cell * _density(law, points.view(n, -1, width), len(s))
         ways = ways.spread(placed(points), density, time, prediction.memory if carries else None)
     raise UserError("the last step draws no tokens")
+
+
+def _density(law: Normal | Mixture, points: Tensor, rows: int) -> Tensor:
+    """The density [rows m] of a step's law at points [m P W] of the P positions that each of the rows moves."""
+    every, (_, positions, width) = torch.ones(rows, len(points), dtype=torch.float64), points.shape
+    parts = []
+    if isinstance(law, Normal):
+        parts = [(torch.zeros((), dtype=torch.float64), law)]
+    else:
+        tokens = range(law.log_p.shape[-1])
+        parts = [(law.log_p[:, v].double(), law.given(torch.full((len(law.log_p),), v))) for v in tokens]
+    for i in range(positions):
+        # Where a position can be; in a grid over several, each of its places occurs many times.
+        places, which = points[:, i].unique(dim=0, return_inverse=True)
+        found = torch.zeros(rows, len(places), dtype=torch.float64)
+        for log_p, normal in parts:
+            mean, deviation = (x.view(rows, positions, -1)[:, i] for x in (normal.mean, normal.deviation))
+            share = log_p.exp().expand(rows * positions).view(rows, positions)[:, i : i + 1]
+            square = torch.cdist(mean, places).square() / deviation.square()
+            found += share * torch.exp(-0.5 * square) / (2 * math.pi) ** (width / 2) / deviation**width
+        every *= found[:, which]
+    return every
 
 
 def _texts(process: Any, law: Categorical, chance: Tensor, free: Tensor, tokens: Tensor | None, length: int) -> Tensor:
@@ -203,6 +225,8 @@ def _nats(process: Any, step: Any, state: State, x_0: Tensor, t: float, s: float
     law = step.law(state, asked, prediction, time, lambda log_p: log_p)
     if isinstance(law, Categorical):
         return -law.log_p.gather(-1, x_0.reshape(-1, 1)).double().view(x_0.shape).sum(-1), prediction
+    if isinstance(law, Mixture):
+        raise UserError("no bound is known for a sampler that draws a text in every step")
     return _divergence(process, law, state.x, process.codes().double()[x_0], t, s), prediction
 
 
@@ -222,7 +246,7 @@ def _divergence(process: Any, law: Normal, z: Tensor, code: Tensor, t: float, s:
 
 def reals_sampler(subject: Subject, name: str) -> Iterator[Check]:
     """The law of a sampler's texts, the code's draws, and the bound of T calls, where reals can be followed."""
-    unfinished, worst, below, shown, far = 0.0, 0.0, -math.inf, [], -math.inf
+    unfinished, worst, below, shown, far, alone = 0.0, 0.0, -math.inf, [], -math.inf, -math.inf
     for world in fitting(subject):
         ideal, apart = subject.ideal(world), []
         # Many small steps with chance can be followed on the line alone, and where nothing is carried.
@@ -233,6 +257,8 @@ def reals_sampler(subject: Subject, name: str) -> Iterator[Check]:
             apart.append(0.5 * float((law - world.p).abs().sum()))
             if calls in (2, 3):
                 worst = most(worst, _unlike(ideal, world, calls, name, law))
+        if subject.silent(V).steps[name].reverses and world.length == 1:
+            alone = most(alone, *apart)
         if followed:
             shown.append(f"{apart[2]:.4f}, {apart[3]:.4f}")
             far = most(far, apart[3] - max(apart[2] / 2, 3 * GRID_ERROR))
@@ -245,6 +271,13 @@ def reals_sampler(subject: Subject, name: str) -> Iterator[Check]:
                 below = most(below, (-signal_law(model, world.length, calls, name).log() - bound).max())
     yield Check(f"{name}: every text is finished", unfinished, GRID_ERROR, "the law of the samples does not sum to one")
     yield Check(f"{name}: samples have the enumerated law", worst, IMPROBABLE, "the code draws from another law")
+    if alone > -math.inf:
+        yield Check(
+            f"{name}: texts of one token have the world's law at any number of calls",
+            alone,
+            GRID_ERROR,
+            "its step is not the reversed chain's, sum over v of p(v | z_t) q(z_s | z_t, v)",
+        )
     if shown:
         yield Check(
             f"{name}: many calls come close to the world",
