@@ -103,7 +103,8 @@ def constrained(
     model: td.Model, judge: td.Model, book: set[str], how: dict[str, Any], fits: Callable[[str], bool],
     options: argparse.Namespace,
 ) -> dict[str, Any]:  # fmt: skip
-    """Texts under one constraint: how many satisfy it, their cost and quality."""
+    """Texts under one constraint, free ones by the same sampler: how many satisfy it, their cost and quality."""
+    how["sampler"], how["grid"] = model.recommended(options.calls, options.length, held=True)
     model.sample(1, options.length, 2, **how)  # patterns are compiled once
     begin = time.process_time()
     texts = model.sample(options.texts, options.length, options.calls, seed=1, **how)
