@@ -19,12 +19,14 @@ same windows. If --out holds a run, stopped or finished, it is gone on with.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import textdiffusion as td
@@ -37,6 +39,7 @@ from textdiffusion.text.data import tokenize
 from textdiffusion.text.windows import evaluation_windows
 from textdiffusion.training.adaptation import fill
 from textdiffusion.training.fit import prepare
+from textdiffusion.training.terminal import follow
 
 BATCH = 16  # windows at once
 Figures = dict[str, Tensor]  # of each window, float64 [windows]
@@ -100,7 +103,7 @@ def report(rows: dict[str, Figures]) -> None:
     print(f"{'':<15}{'likeliest is it':>18}{'bits a token':>18}{'tokens written':>18}{'whole gaps':>18}")
     for row, figures in rows.items():
         print(f"{row:<15}" + "".join(f"{said(figures[name]):>18}" for name in names))
-    for other in ("before", "left"):
+    for other in ("before", "left") if "after" in rows else ():
         print(f"{'after - ' + other:<15}" + "".join(f"{said(rows['after'][n] - rows[other][n]):>18}" for n in names))
 
 
@@ -123,26 +126,36 @@ def main() -> None:
     how |= {"init_from": args.model, "settings": [f"network.lora={args.lora}", *args.settings]}
     calls = args.calls or args.gap
 
+    config = configure(family="masked", **how)
+    corpus, tokenizer, _ = prepare(config)
+    held_out = tokenize(corpus, tokenizer)["validation"]
+    windows = evaluation_windows(held_out, args.length, limit=args.windows * args.length)
+    whole = torch.from_numpy(np.stack([w for w in windows if len(w) == args.length]).astype(np.int64))
     hidden = torch.arange(args.length) % (4 * args.gap) // args.gap == 3
-    rows: dict[str, Figures] = {}
-    for name, family in (("left", "autoregressive"), ("before", "masked")):
-        corpus, tokenizer, config = prepare(configure(family=family, **how))
-        held_out = tokenize(corpus, tokenizer)["validation"]
-        windows = evaluation_windows(held_out, args.length, limit=args.windows * args.length)
-        whole = torch.from_numpy(np.stack([w for w in windows if len(w) == args.length]).astype(np.int64))
-        process = build(replace(config, network=config.network | {"lora": 0}))
-        fill(process.network, config)
+    print(
+        f"{len(whole)} held-out windows, {int(hidden.sum())} of {args.length} tokens hidden, {calls} calls", flush=True
+    )
+
+    def untrained(family: str) -> Process:
+        full = prepare(configure(family=family, **how))[2]
+        process = build(replace(full, network=full.network | {"lora": 0}))
+        fill(process.network, full)
         process.network.eval()
+        return process
+
+    def measure(name: str) -> Figures:
         if name == "left":
-            rows[name] = by_windows(lambda x, p=process: from_the_left(p, x, hidden, args.gap), whole)
-        else:
-            rows[name] = by_windows(lambda x, p=process: from_both_sides(p, x, hidden, args.gap, calls), whole)
-        del process
-    there = (args.out / "config.json").exists()
-    model = td.train(args.out, resume=True) if there else td.train(args.out, family="masked", **how)
-    rows["after"] = by_windows(lambda x: from_both_sides(model.process, x, hidden, args.gap, calls), whole)
-    print(f"{len(whole)} held-out windows, {int(hidden.sum())} of {args.length} tokens hidden, {calls} calls")
+            process = untrained("autoregressive")
+            return by_windows(lambda x: from_the_left(process, x, hidden, args.gap), whole)
+        process = untrained("masked") if name == "before" else td.load(args.out).process
+        return by_windows(lambda x: from_both_sides(process, x, hidden, args.gap, calls), whole)
+
+    rows = {name: measure(name) for name in ("left", "before")}
     report(rows)
+    stopped = follow(config, args.out, (args.out / "config.json").exists(), "cpu", Console())
+    if stopped.signal is not None:
+        sys.exit(128 + stopped.signal)
+    report(rows | {"after": measure("after")})
 
 
 if __name__ == "__main__":
