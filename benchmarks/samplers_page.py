@@ -15,7 +15,7 @@ HEAD = """# Samplers
 What a sampler is for is the best text for a number of network calls. `textdiffusion families NAME` lists those of a
 family, `--sampler` takes one, `--calls` the budget, and `--grid` says where the calls stand between noise and text.
 With `--sampler auto`, the default, the one that was measured to write best at about so many calls a token is taken, and
-with `--grid auto` the grid that it was measured on.
+with `--grid auto` the grid that it wrote best on, if that is not simply the run's own: the optimal one if it holds it.
 
 | sampler | noise | what it does |
 |---|---|---|

@@ -131,7 +131,8 @@ def main() -> None:
     held_out = tokenize(corpus, tokenizer)["validation"]
     windows = evaluation_windows(held_out, args.length, limit=args.windows * args.length)
     whole = torch.from_numpy(np.stack([w for w in windows if len(w) == args.length]).astype(np.int64))
-    hidden = torch.arange(args.length) % (4 * args.gap) // args.gap == 3
+    place = torch.arange(args.length)
+    hidden = (place % (4 * args.gap) // args.gap == 3) & (place < args.length // (4 * args.gap) * 4 * args.gap)
     print(
         f"{len(whole)} held-out windows, {int(hidden.sum())} of {args.length} tokens hidden, {calls} calls", flush=True
     )

@@ -398,7 +398,8 @@ def test_a_hundred_kills_lose_nothing(tmp_path):
     begin += settings
     # None: before anything is saved; one of these first, while there is no run yet.
     early = kills // 3
-    moments = [None] * (early - 1) + [chance.uniform(0, 0.9 * steps) for _ in range(kills - early)]
+    late = kills - early
+    moments = [None] * (early - 1) + [(i + chance.random()) / late * 0.9 * steps for i in range(late)]
     goals = iter(sorted(goal for goal in moments if goal is not None))
     chance.shuffle(moments)
     moments = [None] * (kills - len(moments)) + [None if goal is None else next(goals) for goal in moments]
@@ -444,8 +445,8 @@ def test_a_hundred_kills_lose_nothing(tmp_path):
             server.wait()
     print(f"{kills} kills, with checkpoints from step {seen[0]:,} to {seen[-1]:,} of {steps:,}; {in_saves} left a "
           f"checkpoint half written, {before_any} came before the process had saved one")  # fmt: skip
-    assert in_saves >= kills // 5, "hardly a kill came in the midst of a save"
-    assert seen[-1] > steps / 2, "the kills did not go on over the run"
+    assert in_saves >= max(1, kills // 5), "hardly a kill came in the midst of a save"
+    assert max(seen) > steps * 0.9 * (late - 1) / late, "the kills did not go on over the run"
     assert (whole / "model.safetensors").read_bytes() == (part / "model.safetensors").read_bytes()
     a, b = (load_tensors(run / f"checkpoints/step-{steps:09d}/state.safetensors") for run in (whole, part))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)  # optimisers too

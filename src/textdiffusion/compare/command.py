@@ -38,7 +38,7 @@ def compare(args: argparse.Namespace, console: Console) -> int:
     try:
         if rank() == 0:
             settle(plan, out)
-    except UserError as error:
+    except (UserError, OSError) as error:
         if launched() == 1:
             raise
         refused = str(error)  # which the others are told once they have met

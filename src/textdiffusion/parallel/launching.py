@@ -16,4 +16,4 @@ def launched() -> int:
 def rank() -> int:
     """The number of this process among them, from 0: the first speaks for all."""
     found = os.environ.get("RANK", "")
-    return int(found) if found.isdecimal() else 0
+    return int(found) if found.isdecimal() and launched() > 1 else 0

@@ -16,6 +16,7 @@ from typing import Any
 from textdiffusion.config import RunConfig, read_config
 from textdiffusion.errors import UserError
 from textdiffusion.exchange.fetching import facts, fetch, is_foreign
+from textdiffusion.parallel.launching import launched
 from textdiffusion.text.tokenizer import Tokenizer
 
 # Learning rates for weights that have been learnt; those of training from nothing would undo them.
@@ -90,7 +91,7 @@ def _of_transformers(config: RunConfig, place: Path, source: str, tokenizer: str
         "width": width,
         "window": config.network["window"],
         "start": tokens.end_of_text,
-        # A causal model has never read a hidden token: where none is seen from elsewhere, it begins by far better.
+        # A causal model has never read a hidden token: where none is seen from elsewhere, it begins less badly.
         "sees_hidden": not causal,
     }
     if not causal:
@@ -103,7 +104,8 @@ def _of_transformers(config: RunConfig, place: Path, source: str, tokenizer: str
     room = longest - len(network.get("prefix", ())) - len(network.get("suffix", ())) - 2
     if config.network["window"] > room:
         raise UserError(f"{source} reads texts of up to {room} tokens; give --length {room} or less")
-    batch = max(1, min(config.training.batch, ADAPTED_TOKENS // config.network["window"]))
+    # Every process has to have a window of a step.
+    batch = max(launched(), min(config.training.batch, ADAPTED_TOKENS // config.network["window"]))
     training = replace(config.training, batch=batch, checkpoint_seconds=ADAPTED_CHECKPOINTS)
     return replace(config, backbone="pretrained", network=network, tokenizer=kind, training=training)
 
