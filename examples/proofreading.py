@@ -17,17 +17,18 @@ from textdiffusion.training.fit import prepare
 
 
 def measure(model: td.Model, share: float, windows: int = 64, seed: int = 0) -> dict[str, float]:
-    """Shares of all tokens that are wrong before and after; of the wrong ones, restored; of the right ones, broken."""
+    """Shares of all tokens that are wrong before and after; of the wrong ones, found (changed at all) and restored; of
+    the right ones, broken."""
     corpus, tokenizer, _ = prepare(model.config, model.tokenizer)
     held_out = evaluation_windows(tokenize(corpus, tokenizer)["validation"], model.window)
     rng = np.random.default_rng(seed)
-    wrong, mended, right, broken = 0, 0, 0, 0
+    wrong, found, mended, right, broken = 0, 0, 0, 0, 0
     for number, place in enumerate(rng.permutation(len(held_out))[:windows]):
         text = held_out[place].astype(int)
         noisy = np.where(rng.random(len(text)) < share, rng.integers(0, tokenizer.vocabulary, len(text)), text)
         after = model.proofread_tokens(noisy, share)
         was = noisy != text
-        wrong, right = wrong + was.sum(), right + (~was).sum()
+        wrong, right, found = wrong + was.sum(), right + (~was).sum(), found + (was & (after != noisy)).sum()
         mended, broken = mended + (was & (after == text)).sum(), broken + (~was & (after != text)).sum()
         if number < 3:
             for name, ids in (("text", text), ("corrupted", noisy), ("mended", after)):
@@ -35,7 +36,7 @@ def measure(model: td.Model, share: float, windows: int = 64, seed: int = 0) -> 
     total = wrong + right
     return {
         "wrong before": wrong / total, "wrong after": (wrong - mended + broken) / total,
-        "restored": mended / max(wrong, 1), "broken": broken / max(right, 1),
+        "found": found / max(wrong, 1), "restored": mended / max(wrong, 1), "broken": broken / max(right, 1),
     }  # fmt: skip
 
 
