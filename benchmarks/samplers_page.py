@@ -15,7 +15,7 @@ HEAD = """# Samplers
 What a sampler is for is the best text for a number of network calls. `textdiffusion families NAME` lists those of a
 family, `--sampler` takes one, `--calls` the budget, and `--grid` says where the calls stand between noise and text.
 With `--sampler auto`, the default, the one that was measured to write best at about so many calls a token is taken, and
-with `--grid auto` the grid that it wrote best on, if that is not simply the run's own: the optimal one if it holds it.
+with `--grid auto` the run's own grid, the optimal one if it holds it, unless on another it wrote clearly better.
 
 | sampler | noise | what it does |
 |---|---|---|
@@ -66,8 +66,8 @@ def clear(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def recommended(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """For each family and budget the sampler of lowest judged bits/char among those compared, and its grid: "auto" for
-    the run's own."""
+    """For each family and budget the sampler of lowest judged bits/char among those compared, and its grid: "auto", the
+    run's own, unless one on another grid is clearly ahead."""
     out: dict[str, list[dict[str, Any]]] = {}
     for family in sorted({r["family"] for r in found["rows"]}):
         rows = [r for r in found["rows"] if r["family"] == family]
@@ -76,7 +76,10 @@ def recommended(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
             some = [r for r in rows if r["calls"] == budget]
             if len(some) < 2:
                 continue  # nothing to compare
-            best = min(compared(some), key=lambda r: r["judge"])
+            on_own = [r for r in some if r["grid"] == own]
+            best = min(compared(on_own), key=lambda r: r["judge"])
+            other = min(compared(some), key=lambda r: r["judge"])
+            best = other if other["judge"] < best["judge"] and clear(other, best) else best
             out.setdefault(family, []).append(
                 {
                     "calls_a_token": budget / best["length"], "sampler": best["sampler"],
@@ -95,7 +98,8 @@ def write_up(found: dict[str, Any]) -> str:
         "of the book; entropy and divergence (Jensen-Shannon) are of the trigrams of characters, in bits, beside as "
         "much held-out text; seconds are of the processor, a text, on one busy core. `auto` is the sampler of lowest "
         f"judged bits/char among those whose entropy is at least {MATCHED:.0%} of that of held-out text (all, if none "
-        "is), at temperature 1: **bold** where it is two standard errors ahead of all others, *slanted* where it is "
+        "is), on another grid than the run's own only if two standard errors ahead, at temperature 1: **bold** where "
+        "it is two standard errors ahead of all others, *slanted* where it is "
         "level with some, which would have done as well. It was chosen and is shown on the same texts of one run a "
         "family, so it is flattered; further than a factor of two from what was measured, `auto` is its first. "
         "So few texts have a divergence of their own, as that of held-out text from other held-out text shows. "
