@@ -510,6 +510,15 @@ class NoiseTwiceAsWide(AnalogBits):
         self.steps["ancestral"] = replace(self.steps["ancestral"], move=move)
 
 
+class MeanForTheDraw(AnalogBits):
+    """The step bridge, which says that it reverses the chain, goes towards the predicted mean, not towards a draw."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps["bridge"] = replace(self.steps["ancestral"])
+        self.steps["bridge"].reverses = True
+
+
 class MovesAtHalfPrice(AnalogBits):
     """The bound of T calls with half of what its moves cost."""
 
@@ -832,6 +841,9 @@ CONTROLS = {
     BitsForNats: {"the bound": [TIGHT], "the units": ["a head at zero scores log V a token"]},
     DenoiserForTheContext: {"the bound": [TIGHT], "the sampler bridge": [REVERSED]},
     Tempered: {"the bound": [TIGHT], "the sampler bridge": [REVERSED]},
+    MeanForTheDraw: {
+        "the sampler bridge": ["bridge: texts of one token have the world's law at any number of calls"],
+    },
     MovedTokenTerm: {"the bound": [TIGHT], "the units": ["a certain text costs nothing but the prior term"]},
     BoundWithoutTheRatePenalty: {"the bound": ["bound(x) >= -log of the law of many calls, wrong models"]},
     TextHandedToTheNetwork: {"the bound": ["bounds of a wrong model belong to a law"]},

@@ -50,13 +50,18 @@ def test_a_run_goes_to_transformers_and_comes_back(tmp_path, family):
     there = AutoModelForMaskedLM.from_pretrained(tmp_path / "run").eval()
     x, t = noisy(model), torch.tensor([0.3, 0.8])
     wanted = model.process.predict(State(x, t.double())).log_p
-    assert torch.equal(there(x, times=t).logits, wanted) and wanted[wanted.isfinite()].std() > 0
+    assert wanted[wanted.isfinite()].std() > 0
+
+    def same(found):  # but for the last digits, which on some processors follow from where in memory the weights lie
+        return torch.allclose(found, wanted, rtol=0, atol=1e-5)
+
+    assert same(there(x, times=t).logits)
     there.save_pretrained(tmp_path / "saved")
     AutoTokenizer.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "saved")
     again = AutoModelForMaskedLM.from_pretrained(tmp_path / "saved").eval()
-    assert torch.equal(again(x, times=t).logits, wanted)
+    assert same(again(x, times=t).logits)
     back = td.load(tmp_path / "saved", precision="fp32")  # a run again, with samples and all
-    assert torch.equal(back.process.predict(State(x, t.double())).log_p, wanted)
+    assert same(back.process.predict(State(x, t.double())).log_p)
     assert back.sample(n=2, seed=5) == model.sample(n=2, seed=5)
     assert AutoConfig.from_pretrained(tmp_path / "saved").vocab_size == model.tokenizer.vocabulary
 

@@ -101,7 +101,7 @@ def test_a_replay_holds_what_was_watched_and_asks_nobody(masked, tmp_path, capsy
         path.unlink()
     for page in pages:
         panel = recording_in(page)["panels"][0]
-        assert panel["texts"] == last.texts and panel["title"] == "masked · entropy"
+        assert panel["texts"] == last.texts and panel["title"] == f"masked · {masked.model.used[0]}"
         rows = replayed(panel["steps"])
         assert "".join(text for _, text in rows[0][0]) == f"It was a {BLANK * 4} day"
         assert [tuple(cell) for cell in rows[-1][1]] == last.cells[1]
