@@ -163,6 +163,8 @@ def summarise(
     kept = {r["run"] for r in rows}
     likes = {run: found for run, found in old.get("likelihoods", {}).items() if run in kept | runs.keys()}
     real = {run: found for run, found in old.get("held_out", {}).items() if run in kept}
+    steps = {run: n for run, n in old.get("steps", {}).items() if run in kept}
+    steps |= {run: model.config.training.steps for run, model in runs.items()}
     for run, model in runs.items():
         n = model.window
         real[run] = quality(cut(n, PART, 1), cut(n, PART, 0), words, judge) | {"texts": PART}
@@ -180,7 +182,14 @@ def summarise(
             wanted = {(r["sampler"], r["grid"], r["calls"]) for r in rows if r["run"] == run}
             likes[run] = likelihoods(model, windows, wanted)
     name = Path(corpus.name).name
-    return {"text": name, "judge": judge.config.family, "held_out": real, "rows": rows, "likelihoods": likes}
+    return {
+        "text": name,
+        "judge": judge.config.family,
+        "held_out": real,
+        "steps": steps,
+        "rows": rows,
+        "likelihoods": likes,
+    }
 
 
 def main() -> None:

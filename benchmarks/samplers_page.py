@@ -93,8 +93,7 @@ def write_up(found: dict[str, Any]) -> str:
     """The page."""
     best, parts = recommended(found), [HEAD, "## Measured\n"]
     parts.append(
-        f"Text: {found['text']}. The judge is an {found['judge']} run of the same text, in bits/char, and not the same "
-        "one for every table: compare within one, and with what its held-out text comes to; words are those "
+        f"Text: {found['text']}. The judge is an {found['judge']} run of the same text, in bits/char; words are those "
         "of the book; entropy and divergence (Jensen-Shannon) are of the trigrams of characters, in bits, beside as "
         "much held-out text; seconds are of the processor, a text, on one busy core. `auto` is the sampler of lowest "
         f"judged bits/char among those whose entropy is at least {MATCHED:.0%} of that of held-out text (all, if none "
@@ -113,7 +112,8 @@ def write_up(found: dict[str, Any]) -> str:
         length, likes = rows[0]["length"], found["likelihoods"].get(run, {})
         real = found["held_out"][run]
         parts.append(
-            f"### `{rows[0]['family']}`, windows of {length}\n\nHeld-out text itself, {real['texts']} texts: "
+            f"### `{rows[0]['family']}`, windows of {length}, {found['steps'][run]:,} steps\n\n"
+            f"Held-out text itself, {real['texts']} texts: "
             f"{real['valid_words']:.1%} of the words, {real['judge']:.2f} judged bits/char, entropy "
             f"{real['entropy']:.2f}, divergence {real['divergence']:.3f}.\n\n"
             "| calls | sampler | grid | texts | words that occur | judge | entropy | "

@@ -34,7 +34,14 @@ def row(sampler: str, judge: float, entropy: float = 8.0, calls: int = 8, grid: 
 def found(*rows: dict) -> dict:
     real = {"r": {"valid_words": 1.0, "judge": 1.8, "entropy": 8.0, "divergence": 0.1, "texts": 32}}
     likes = {"r": {"random time 8": [2.5, 0.01, "upper"], "margin time 8": [2.4, 0.02, "exact"]}}
-    return {"text": "a book", "judge": "autoregressive", "held_out": real, "rows": list(rows), "likelihoods": likes}
+    return {
+        "text": "a book",
+        "judge": "autoregressive",
+        "held_out": real,
+        "steps": {"r": 100},
+        "rows": list(rows),
+        "likelihoods": likes,
+    }
 
 
 def test_the_page_and_the_table_are_made_from_what_was_measured(page):
