@@ -145,7 +145,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "textdiffusion"
     from matplotlib import pyplot
 
-    runs = list(dict.fromkeys(r["run"] for r in found["rows"]))
+    best, runs = recommended(found), list(dict.fromkeys(r["run"] for r in found["rows"]))
     figure, axes = pyplot.subplots(len(runs), 3, figsize=(13, 3.4 * len(runs)), squeeze=False)
     for row, run in zip(axes, runs):
         rows = [r for r in found["rows"] if r["run"] == run]
@@ -154,11 +154,20 @@ def plot(found: dict[str, Any], path: Path) -> None:
             some = sorted((r for r in rows if r["sampler"] == name and r["grid"] == own), key=lambda r: r["calls"])
             for axis, x, y in zip(row, ("made", "made", "seconds"), ("judge", "valid_words", "judge")):
                 axis.plot([r[x] for r in some], [r[y] for r in some], marker="o", markersize=3, label=name)
+        chosen = best.get(rows[0]["family"], [])
+        auto = [
+            r for b in chosen for r in rows
+            if r["sampler"] == b["sampler"] and r["calls"] == b["calls_a_token"] * r["length"]
+            and r["grid"] == (own if b["grid"] == "auto" else b["grid"])
+        ]  # fmt: skip
+        for axis, x, y in zip(row, ("made", "made", "seconds"), ("judge", "valid_words", "judge")):
+            axis.plot([r[x] for r in auto], [r[y] for r in auto], color="black", linestyle="--", label="auto")
         for axis, x, y in zip(
             row, ("calls", "calls", "seconds a text"), ("judged bits/char", "words", "judged bits/char")
         ):
             axis.set(xlabel=x, ylabel=y, title=rows[0]["family"])
-            axis.set_xscale("log", base=2 if x == "calls" else 10)
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
         row[0].legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
