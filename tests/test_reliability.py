@@ -445,7 +445,7 @@ def test_a_hundred_kills_lose_nothing(tmp_path):
             server.wait()
     print(f"{kills} kills, with checkpoints from step {seen[0]:,} to {seen[-1]:,} of {steps:,}; {in_saves} left a "
           f"checkpoint half written, {before_any} came before the process had saved one")  # fmt: skip
-    assert in_saves >= max(1, kills // 5), "hardly a kill came in the midst of a save"
+    assert in_saves >= kills // 5, "hardly a kill came in the midst of a save"  # of a handful, none may
     assert max(seen) > steps * 0.9 * (late - 1) / late, "the kills did not go on over the run"
     assert (whole / "model.safetensors").read_bytes() == (part / "model.safetensors").read_bytes()
     a, b = (load_tensors(run / f"checkpoints/step-{steps:09d}/state.safetensors") for run in (whole, part))
