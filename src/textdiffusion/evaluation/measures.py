@@ -26,6 +26,7 @@ from textdiffusion.sampling.deterministic_order import order_nll
 from textdiffusion.text.data import WORD
 
 BITS = 1 / math.log(2)
+ORDERS = (1, 2, 3, 4)  # of the runs of words whose repetition is counted
 MOST_COPIES = 8  # of a window, made of one's own accord to measure the whole curve
 
 
@@ -319,7 +320,7 @@ def text_statistics(
     total = max(len(every), 1)
     entropy = -sum(c / total * math.log2(c / total) for c in counts.values())
     distinct, repetition = {}, {}
-    for n in (1, 2, 3):
+    for n in ORDERS:
         grams = [[tuple(ws[i : i + n]) for i in range(len(ws) - n + 1)] for ws in by_sample]
         size = max(sum(map(len, grams)), 1)
         distinct[n] = len({g for gs in grams for g in gs}) / size
