@@ -15,8 +15,8 @@ Parts, all of one seed (--only PART does some of them):
 
 Figures: bits a character and their standard error, of the limit of many calls and, where a curve gives them, of 8 and
 64 network calls; CPU seconds of training; of samples, the share of words that occur in the text, how often words and
-runs of two and four repeat within a text, distinct pairs of words, entropy of words in bits. OUT/rows.jsonl has every row
-and is not measured again, OUT/table.md the tables.
+runs of two and four repeat within a text, distinct pairs of words, entropy of words in bits. OUT/rows.jsonl has the
+rows, of which none is measured again, OUT/table.md the tables.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def trained_row(run: Path, how: list[str], options: argparse.Namespace) -> dict[
     said = verb(*words)
     found = {
         "kind": said["kind"], "bits_per_char": said["bits_per_char"], "standard_error": said["standard_error"],
-        "cpu_seconds": float(note.read_text()) if note.exists() else None, "valid_words": said["samples"]["valid_words"],
-        "repetition_1": said["samples"]["repetition"]["1"], "entropy": said["samples"]["entropy"],
+        "cpu_seconds": float(note.read_text()) if note.exists() else None, "entropy": said["samples"]["entropy"],
+        "valid_words": said["samples"]["valid_words"], "repetition_1": said["samples"]["repetition"]["1"],
     }  # fmt: skip
     return found | {f"at_{f['calls']}": f["bits_per_char"] for f in said["by_calls"]}
 

@@ -15,12 +15,12 @@ autoregressive model). examples/second_system.py has the second system's own set
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from rows import Rows, markdown, trained, verb
 
 import textdiffusion as td
 from textdiffusion.evaluation.measures import text_statistics
@@ -65,33 +65,17 @@ CALLS = (10, 25, 50, 100, 250, 500)
 DELTAS = (*range(11), 20, 50)
 
 
-def verb(*words: str) -> dict[str, object]:
-    """Run a command of textdiffusion and read the last line of its --json."""
-    done = subprocess.run(
-        [sys.executable, "-m", "textdiffusion", *words, "--json"], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise td.UserError(done.stderr.strip().splitlines()[-1])
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
-
-
-def trained(out: Path, family: str, settings: list[str], options: argparse.Namespace) -> Path:
-    """The run of these settings, trained if it is not there; rows of equal settings share it."""
-    name = "-".join([family, *(s.replace("/", "_") for s in settings)]) or family
-    run = out / name
-    how = ["--steps", str(options.steps)] if options.steps else ["--minutes", str(options.minutes)]
-    if (run / "config.json").exists():
-        verb("train", "--resume", "--out", str(run))  # where it was stopped; a finished one stays as it is
-    else:
-        every = [word for s in settings for word in ("--set", s)]
-        verb("train", "--family", family, "--data", options.data, "--length", str(options.length), "--out", str(run),
-             *how, *every)  # fmt: skip
-    return run
+def run_of(out: Path, family: str, settings: list[str], options: argparse.Namespace) -> Path:
+    """The run of these settings; rows of equal settings share it."""
+    run = out / ("-".join([family, *(s.replace("/", "_") for s in settings)]) or family)
+    how = ["--family", family, "--data", options.data, "--length", str(options.length)]
+    how += ["--steps", str(options.steps)] if options.steps else ["--minutes", str(options.minutes)]
+    return trained(run, *how, *(word for s in (*options.settings, *settings) for word in ("--set", s)))
 
 
 def row(out: Path, family: str, settings: list[str], options: argparse.Namespace) -> dict[str, object]:
     """Figures of a run."""
-    run = trained(out, family, settings, options)
+    run = run_of(out, family, settings, options)
     said = verb("eval", str(run), "--samples", str(options.samples), "--eval-tokens", str(options.eval_tokens))
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last, training = json.loads(lines[-1]), td.load(run).config.training
@@ -132,17 +116,17 @@ def filled(run: Path, options: argparse.Namespace) -> dict[str, float]:
     return {"as_it_was": float((last.tokens == x)[:, ~given].double().mean()), "valid_words": found.valid_words}
 
 
-def bias(conditioning: str, calls: int, rows: int = 40_000) -> dict[str, float]:
+def bias(conditioning: str, calls: int, texts: int = 40_000) -> dict[str, float]:
     """Two tokens that are alike nine times of ten, the first of them given, the exact posterior in the network's place:
     how often the second is written alike."""
     world = Table(torch.tensor([[0.45, 0.05], [0.05, 0.45]], dtype=torch.float64))
     config = AnalogBitsConfig(schedule="cosine", self_conditioning=0.0, conditioning=conditioning)
     process = Subject(AnalogBits, config).ideal(world)
-    given = torch.tensor([True, False]).expand(rows, -1)
-    tokens = torch.zeros(rows, 2, dtype=torch.long)
-    *_, last = sample(process, Noise.of(1, rows), 2, calls, tokens=tokens, given=given)
+    given = torch.tensor([True, False]).expand(texts, -1)
+    tokens = torch.zeros(texts, 2, dtype=torch.long)
+    *_, last = sample(process, Noise.of(1, texts), 2, calls, tokens=tokens, given=given)
     alike = float((last.tokens[:, 1] == 0).double().mean())
-    return {"alike": alike, "should_be": 0.9, "standard_error": (alike * (1 - alike) / rows) ** 0.5}
+    return {"alike": alike, "should_be": 0.9, "standard_error": (alike * (1 - alike) / texts) ** 0.5}
 
 
 def jobs(out: Path, options: argparse.Namespace):
@@ -151,7 +135,7 @@ def jobs(out: Path, options: argparse.Namespace):
         yield group, name, lambda family=family, settings=settings: row(out, family, settings, options)
     for conditioning in ("clean", "replacement"):
         settings = ["process.self_conditioning=0.0", f"process.conditioning={conditioning}"]
-        yield "given", conditioning, lambda settings=settings: filled(trained(out, BITS, settings, options), options)
+        yield "given", conditioning, lambda settings=settings: filled(run_of(out, BITS, settings, options), options)
         for calls in (1, 4, 16, 64):
             yield "bias", f"{conditioning}, {calls}", lambda how=conditioning, calls=calls: bias(how, calls)
     for sampler in ("ancestral", "ddim", "dpm", "churn"):
@@ -160,7 +144,7 @@ def jobs(out: Path, options: argparse.Namespace):
                 "calls",
                 f"{sampler}, {calls}",
                 lambda sampler=sampler, calls=calls: words(
-                    trained(out, EMBEDDING, [], options), options, calls, sampler
+                    run_of(out, EMBEDDING, [], options), options, calls, sampler
                 ),
             )
     for share in (0.0, 0.5):
@@ -170,26 +154,20 @@ def jobs(out: Path, options: argparse.Namespace):
                 "delta",
                 f"self-conditioning {share}, {delta}",
                 lambda settings=settings, delta=delta: words(
-                    trained(out, BITS, settings, options), options, options.delta_calls, "ddim", delta=float(delta)
+                    run_of(out, BITS, settings, options), options, options.delta_calls, "ddim", delta=float(delta)
                 ),
             )
 
 
-def table(rows: list[dict[str, object]]) -> str:
+def table(rows: Rows) -> str:
     """All figures as Markdown."""
-    lines = []
-    for group in dict.fromkeys(r["group"] for r in rows):
-        some = [r for r in rows if r["group"] == group]
-        names = [n for n in some[0] if n not in ("group", "name")]
-        lines += [f"### {group}", "", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-        for r in some:
-            cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (r[n] for n in names)]
-            lines.append(f"| {r['name']} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
+    parts = {row["group"]: rows.of(group=row["group"]) for row in rows.found}
+    return "\n".join(
+        f"### {group}\n\n{markdown(some, [n for n in some[0] if n != 'group'])}" for group, some in parts.items()
+    )
 
 
-def curves(out: Path, rows: list[dict[str, object]], delta_calls: int) -> None:
+def curves(out: Path, rows: Rows, delta_calls: int) -> None:
     """Word validity against calls; and with repetition and entropy against delta."""
     try:
         from matplotlib import pyplot as plt
@@ -197,7 +175,7 @@ def curves(out: Path, rows: list[dict[str, object]], delta_calls: int) -> None:
         print("no curves drawn: pip install 'textdiffusion[viz]'", file=sys.stderr)
         return
     for group, figures in (("calls", ["valid_words"]), ("delta", ["valid_words", "repetition", "entropy"])):
-        some = [r for r in rows if r["group"] == group]
+        some = rows.of(group=group)
         if not some:
             continue
         figure, axes = plt.subplots(1, len(figures), figsize=(5 * len(figures), 3.5), squeeze=False)
@@ -224,20 +202,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--eval-tokens", type=int, default=160_000)
     parser.add_argument("--delta-calls", type=int, default=2000, help="sampling steps of the group delta")
+    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="PART.KEY=VALUE", help="of all")
     parser.add_argument("--only", action="append", help="a group, or several")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    notes = options.out / "rows.jsonl"
-    rows = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
+    rows = Rows(options.out / "rows.jsonl")
     for group, name, measure in jobs(options.out, options):
         if options.only and group not in options.only:
             continue
-        if any(r["group"] == group and r["name"] == name for r in rows):
-            continue
-        print(f"{group}: {name}", flush=True)
-        rows.append({"group": group, "name": name} | measure())
-        with notes.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+        rows.row({"group": group, "name": name}, measure)
         (options.out / "table.md").write_text(table(rows), encoding="utf-8")
     curves(options.out, rows, options.delta_calls)
     print(table(rows))

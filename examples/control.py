@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 import math
 import re
 import sys
@@ -31,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rows import Rows, markdown
 
 import textdiffusion as td
 from textdiffusion.evaluation.measures import BITS, text_statistics
@@ -44,28 +44,6 @@ PARTS = ("constraints", "gaps", "guidance")
 WEIGHTS = (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0)
 RAMPS = (0.0, 1.0)
 REGEX, CONTAINED, ACROSTIC, COMMONEST = r"Then [a-z ,]+\.", "Prince", "war", 300
-
-
-class Rows:
-    """Rows on disk, by what they are of."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.found: list[dict[str, Any]] = [json.loads(line) for line in lines]
-
-    def row(self, key: dict[str, Any], measure: Callable[..., dict[str, Any]], *args: Any) -> None:
-        """Measure a row that is not there."""
-        if any(all(row.get(k) == v for k, v in key.items()) for row in self.found):
-            return
-        self.found.append(key | measure(*args))
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(self.found[-1]) + "\n")
-        print(self.found[-1], flush=True)
-
-    def of(self, part: str) -> list[dict[str, Any]]:
-        """The rows of one table."""
-        return [row for row in self.found if row["part"] == part]
 
 
 # -- constraints --------------------------------------------------------------------------------------------------
@@ -249,16 +227,6 @@ def guided(
 # -- all of it ----------------------------------------------------------------------------------------------------
 
 
-def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
-    """Markdown."""
-
-    def shown(value: Any) -> str:
-        return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value).replace("\n", "⏎")
-
-    head = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(head + ["| " + " | ".join(shown(row.get(c)) for c in columns) + " |" for row in rows]) + "\n"
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Measure what is not there yet, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -312,7 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
         "guidance": ["family", "weight", "ramp", "texts", "accuracy", "entropy", "distinct", "words"],
     }
     text = "\n".join(
-        f"## {part}\n\n{table(rows.of(part), columns)}" for part, columns in parts.items() if rows.of(part)
+        f"## {part}\n\n{markdown(rows.of(part=part), columns)}" for part, columns in parts.items() if rows.of(part=part)
     )
     (options.out / "control.md").write_text(text, encoding="utf-8")
     print(text)

@@ -18,7 +18,6 @@ length, as the root mean square of their reals (1 at the start, and where they a
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rows import Rows, markdown
 from torch import Tensor
 
 from textdiffusion.config import RunConfig, override
@@ -282,17 +282,10 @@ def measure(row: Row, ready: Prepared, options: argparse.Namespace) -> dict[str,
 
 def as_table(rows: list[dict[str, Any]]) -> str:
     """All rows as Markdown, and how a text of each begins."""
-    names = ["stopped", "steps", "bits_per_char", "token_0", "commonest", "entropy", "valid_words"]
+    names = ["name", "stopped", "steps", "bits_per_char", "token_0", "commonest", "entropy", "valid_words"]
     names += ["embeddings_apart", "embeddings_length"]
-
-    def cell(value: Any) -> str:
-        return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-    lines = [f"| | {' | '.join(n.replace('_', ' ') for n in names)} |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {r['name']} | {' | '.join(cell(r.get(n)) for n in names)} |" for r in rows]
-    for r in rows:
-        lines += ["", f"{r['name']}:", "", f"    {r['text'][:96]!r}"]
-    return "\n".join(lines) + "\n"
+    begun = "".join(f"\n{r['name']}:\n\n    {r['text'][:96]!r}\n" for r in rows)
+    return markdown(rows, names) + begun
 
 
 def main() -> None:
@@ -312,19 +305,13 @@ def main() -> None:
     tune_allocator()
     ready = Prepared.of(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    notes = options.out / "rows.jsonl"
-    rows = [json.loads(line) for line in notes.read_text(encoding="utf-8").splitlines()] if notes.exists() else []
+    rows = Rows(options.out / "rows.jsonl")
     for row in ROWS:
-        if any(r["name"] == row.name for r in rows):
-            continue
         if options.only and not row.name.startswith(tuple(options.only)):
             continue
-        print(row.name, file=sys.stderr, flush=True)
-        rows.append({"name": row.name} | measure(row, ready, options))
-        with notes.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-        (options.out / "table.md").write_text(as_table(rows), encoding="utf-8")
-    print(as_table(rows))
+        rows.row({"name": row.name}, measure, row, ready, options)
+        (options.out / "table.md").write_text(as_table(rows.found), encoding="utf-8")
+    print(as_table(rows.found))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def continuous(monkeypatch):
             assert main([*words, *small, "--json"]) == 0
         return json.loads(said.getvalue().strip().splitlines()[-1])
 
+    monkeypatch.setattr(sys.modules["rows"], "verb", verb)
     monkeypatch.setattr(module, "verb", verb)
     return module
 
@@ -86,9 +87,7 @@ def test_deltas_are_measured_drawn_and_not_measured_twice(continuous, text, tmp_
     (tmp_path / "OUT/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     capsys.readouterr()
     run(continuous, monkeypatch, *words)
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("delta: ")] == [
-        f"delta: {rows[-1]['name']}"
-    ]
+    assert capsys.readouterr().err.splitlines() == [f"delta, {rows[-1]['name']}"]
     assert [json.loads(line) for line in (tmp_path / "OUT/rows.jsonl").read_text().splitlines()] == rows
 
 
