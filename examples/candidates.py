@@ -162,7 +162,7 @@ def main() -> None:
         text = text or ("--data", options.data)
         where = "-".join(["sub-words" if len(text) > 2 else "", family, *settings, str(depth), str(steps)]).strip("-")
         how = ["--family", family, *text, "--length", str(options.length), "--depth", str(depth)]
-        how += ["--steps", str(steps), "--set", "training.evaluations=1"]
+        how += ["--steps", str(steps)]
         how += [word for setting in (*options.settings, *settings) for word in ("--set", setting)]
         key = {"part": part, "name": name, "family": family, "depth": depth, "steps": steps}
         rows.row(key, trained_row, options.out / where, how, options)
@@ -202,7 +202,8 @@ def main() -> None:
         elif part == "sub-words" and options.sub_words:
             for family in (SPARSE, MASKED, LEFT):
                 train(part, family, family, [], depth, steps, *sub_words)
-            for k in (1, 2, 32):
+            train(part, "autoregressive, no n-grams", LEFT, ["network.ngrams=0"], depth, steps, *sub_words)
+            for k in (1, 32):
                 train(part, f"k = {k}", SPARSE, [f"process.candidates={k}"], depth, steps, *sub_words)
             train(part, "no candidates", SPARSE, ["process.passes=1"], depth, steps, *sub_words)
         elif part == "sizes":
