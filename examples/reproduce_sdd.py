@@ -5,11 +5,15 @@
 The recipe: a position holds k weighted tokens, its own in slot 0 at every noise level. Noise flattens the probabilities
 to 1 / V and shakes the embeddings ("flatten"), or also exchanges tokens for random ones, at 1 / V ("swap"). The network
 attends from every slot to every slot, a code of places tells the slots apart, and is scored at all positions. Sampling
-starts from random tokens at 1 / V; each call replaces the slots by the k likeliest tokens, and nothing is drawn.
+starts from random tokens at 1 / V; each call replaces the slots by the k likeliest tokens, and nothing is drawn. It has
+two more ways to train. "k grows": from 1 slot, by doubling. "two steps": what the network says is made noisy again, at
+all positions, and handed to it, and it learns from what it says then.
 
 Three things follow, each with its columns. Scored at a time near 0 its "perplexity" is 1, since the answer is in
 slot 0: the figure is of copying. Handed a wrong token there it copies that. And samples are a fixed map of a state that
 says nothing: what is random at the start either stays, as junk, or gives way to the token that is likeliest anywhere.
+In two steps not even copying is learnt: noise on what an untaught network says leaves nothing of the text, which it
+would need to be taught.
 
 ``families/sparse_distribution.py`` hides the answer, gives slots no number and draws tokens one after another.
 """
@@ -63,23 +67,32 @@ class Recipe(nn.Module):
         """Logits [B L V] of slots: probabilities and tokens [B L K] at times [B]; noise of the embeddings [B L K D]."""
         h = self.embedding(tokens) + (0 if shake is None else shake)
         h = (h + self.confidence(p.unsqueeze(-1)) + self.time(t.view(-1, 1, 1, 1))).flatten(1, 2)
-        weight = (p.flatten(1) + 1e-8).log()
+        weight, slots = (p.flatten(1) + 1e-8).log(), p.shape[-1]
+        place = self.place.view(LENGTH, K, WIDTH)[:, :slots].flatten(0, 1)
         for i, (mix, feed) in enumerate(zip(self.mixes, self.feeds, strict=True)):
-            x = F.layer_norm(h, (WIDTH,)) + self.place
-            bias = (self.trust[i] * weight).unsqueeze(1).expand(-1, LENGTH * K, -1).repeat_interleave(HEADS, 0)
+            x = F.layer_norm(h, (WIDTH,)) + place
+            bias = (self.trust[i] * weight).unsqueeze(1).expand(-1, LENGTH * slots, -1).repeat_interleave(HEADS, 0)
             h = h + mix(x, x, x, attn_mask=bias, need_weights=False)[0]
             h = h + feed(h)
-        h = F.layer_norm(h, (WIDTH,)).unflatten(1, (LENGTH, K))
-        share = (h @ self.query / WIDTH**0.5 + self.trust[DEPTH] * weight.unflatten(1, (LENGTH, K))).softmax(-1)
+        h = F.layer_norm(h, (WIDTH,)).unflatten(1, (LENGTH, slots))
+        share = (h @ self.query / WIDTH**0.5 + self.trust[DEPTH] * weight.unflatten(1, (LENGTH, slots))).softmax(-1)
         return self.head((share.unsqueeze(-1) * h).sum(2))
 
-    def noisy(self, slot_0: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def noisy(
+        self, slot_0: Tensor, t: Tensor, generator: torch.Generator, slots: int = K
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Probabilities, tokens and noise of the embeddings at times t [B] of texts in slot 0 [B L]."""
-        n = (1 - torch.cos(math.pi * t / 2)).view(-1, 1, 1)
-        others = torch.randint(self.vocabulary, (*slot_0.shape, K - 1), generator=generator)
+        others = torch.randint(self.vocabulary, (*slot_0.shape, slots - 1), generator=generator)
         tokens = torch.cat((slot_0.unsqueeze(-1), others), -1)
         clean = torch.full(tokens.shape, 0.01)
-        clean[..., 0] = 1 - 0.01 * (K - 1)
+        clean[..., 0] = 1 - 0.01 * (slots - 1)
+        return self.noise(clean, tokens, t, generator)
+
+    def noise(
+        self, clean: Tensor, tokens: Tensor, t: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots, probabilities and tokens [B L K], made noisy."""
+        n = (1 - torch.cos(math.pi * t / 2)).view(-1, 1, 1)
         p = (1 - n) * clean + n / self.vocabulary
         if self.swap:
             gone = torch.rand(p.shape, generator=generator) < n * (1 - clean / clean[..., :1] * (1 - n))
@@ -88,9 +101,13 @@ class Recipe(nn.Module):
         shake = 0.1 * n.unsqueeze(-1) * torch.randn(*p.shape, WIDTH, generator=generator)
         return p, tokens, shake * (not self.swap)
 
-    def cost(self, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+    def cost(self, x: Tensor, t: Tensor, generator: torch.Generator, slots: int = K, two_steps: bool = False) -> Tensor:
         """Mean cross-entropy of all positions, nats: what it is trained on, and what its perplexity is made of."""
-        p, tokens, shake = self.noisy(x, t, generator)
+        p, tokens, shake = self.noisy(x, t, generator, slots)
+        if two_steps:
+            with torch.no_grad():
+                p, tokens = self(p, tokens, t, shake).softmax(-1).topk(slots, -1)
+            p, tokens, shake = self.noise(p, tokens, t, generator)
         return F.cross_entropy(self(p, tokens, t, shake).flatten(0, 1), x.flatten())
 
     @torch.no_grad()
@@ -114,13 +131,15 @@ class Recipe(nn.Module):
         return float((self(p, tokens, t).argmax(-1) == wrong).float().mean())
 
 
-def train_recipe(network: Recipe, batches: Iterator[Tensor]) -> Recipe:
-    """AdamW, the rate falling to a tenth along a cosine, as in the system."""
+def train_recipe(network: Recipe, batches: Iterator[Tensor], *, grows: bool = False, two_steps: bool = False) -> Recipe:
+    """AdamW, the rate falling to a tenth along a cosine, as in the system; k doubles from 1, each for as many steps."""
     generator, batches = torch.Generator().manual_seed(0), list(batches)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches), eta_min=2e-4)
-    for x in batches:
-        loss = network.cost(x, torch.rand(len(x), generator=generator), generator)
+    stages = K.bit_length()
+    for step, x in enumerate(batches):
+        slots = 2 ** (step * stages // len(batches)) if grows else K
+        loss = network.cost(x, torch.rand(len(x), generator=generator), generator, slots, two_steps)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -141,7 +160,7 @@ def looks(texts: Tensor) -> list[str]:
 
 
 def main(data: str, steps: int, texts: int = 64) -> list[list[str]]:
-    """Train the three, print the table, and return its rows."""
+    """Train all of them, print the table, and return its rows."""
     settings = [f"network.width={WIDTH}", f"network.heads={HEADS}", f"training.batch={BATCH}"]
     config = configure(
         family="sparse_distribution", data=data, tokenizer="bpe:300", length=LENGTH, depth=DEPTH, steps=steps,
@@ -159,9 +178,13 @@ def main(data: str, steps: int, texts: int = 64) -> list[list[str]]:
 
     head = ["", "t from .1 to .9", "t near 0", "t near 1", "copies slot 0", "repeats", "distinct", "bits a token"]
     rows, written = [head, ["held-out text", "", "", "", "", *looks(x)]], {}
-    for name, swap in (("recipe, flatten", False), ("recipe, swap", True)):
+    ways: dict[str, tuple[bool, dict[str, bool]]] = {
+        "recipe, flatten": (False, {}), "recipe, swap": (True, {}), "swap, k grows": (True, {"grows": True}),
+        "swap, two steps": (True, {"two_steps": True}),
+    }  # fmt: skip
+    for name, (swap, way) in ways.items():
         torch.manual_seed(0)
-        network = train_recipe(Recipe(tokenizer.vocabulary, swap), batches())
+        network = train_recipe(Recipe(tokenizer.vocabulary, swap), batches(), **way)
         generator, perplexities = torch.Generator().manual_seed(1), []
         for low, high in ((0.1, 0.9), (0.0, 0.02), (0.98, 1.0)):
             with torch.no_grad():

@@ -31,8 +31,8 @@ def words(tmp_path, monkeypatch) -> list[str]:
 
     monkeypatch.setattr(rows, "verb", verb)
     monkeypatch.setattr(candidates, "verb", verb)
-    return [str(tmp_path / "OUT"), "--data", str(tmp_path / "my.txt"), "--depths", "1", "--steps", "2", "--length", "12",
-            "--samples", "2", "--calls", "4", "--eval-tokens", "120", "--set", "training.batch=2"]  # fmt: skip
+    how = "--depths 1 --steps 2 --length 12 --samples 2 --calls 4 --eval-tokens 120 --set training.batch=2"
+    return [str(tmp_path / "OUT"), "--data", str(tmp_path / "my.txt"), *how.split()]
 
 
 def run(monkeypatch, words: list[str]) -> dict[tuple[str, str], dict[str, object]]:

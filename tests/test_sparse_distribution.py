@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-from pathlib import Path
 
 import pytest
+import reproduce_sdd
 import torch
 from torch.nn.functional import one_hot
 
@@ -308,19 +307,10 @@ def test_all_orders_of_a_run_are_there():
 # -- the recipe that it is made from ------------------------------------------------------------------------------
 
 
-def reproduction():
-    path = Path(__file__).parents[1] / "examples/reproduce_sdd.py"
-    spec = importlib.util.spec_from_file_location("reproduce_sdd", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("swap", [False, True])
 def test_the_recipe_holds_the_answer_in_slot_0(swap):
     """Always, or where it is not swapped: n^2 of the positions, and the rest with a probability that gives it away."""
-    example = reproduction()
-    network, x = example.Recipe(20, swap), torch.randint(0, 20, (2000, example.LENGTH))
+    network, x = reproduce_sdd.Recipe(20, swap), torch.randint(0, 20, (2000, reproduce_sdd.LENGTH))
     for t in (0.3, 1.0):
         generator = torch.Generator().manual_seed(0)
         p, tokens, _ = network.noisy(x, torch.full((2000,), t), generator)
@@ -330,3 +320,19 @@ def test_the_recipe_holds_the_answer_in_slot_0(swap):
         assert t < 1 or torch.allclose(p, torch.tensor(1 / 20))
         if swap and t < 1:
             assert (tokens[..., 0] == x)[p[..., 0] > 0.1].all()
+
+
+def test_two_steps_learn_from_what_the_network_said_and_a_growing_k_begins_with_one_slot(monkeypatch):
+    network, x = reproduce_sdd.Recipe(20, False), torch.randint(0, 20, (5, reproduce_sdd.LENGTH))
+    seen, forward = [], network.forward
+    monkeypatch.setattr(
+        network, "forward", lambda p, tokens, *rest: seen.append((p, tokens)) or forward(p, tokens, *rest)
+    )
+    generator, t = torch.Generator().manual_seed(0), torch.zeros(5)  # at t = 0 noise changes nothing
+    network.cost(x, t, generator, two_steps=True).backward()
+    law = forward(*seen[0], t).softmax(-1).topk(reproduce_sdd.K, -1)
+    assert torch.equal(seen[0][1][..., 0], x) and torch.equal(seen[1][1], law.indices)
+    assert torch.allclose(seen[1][0], law.values)
+    seen.clear()
+    reproduce_sdd.train_recipe(network, [x] * 6, grows=True)
+    assert [tokens.shape[-1] for _, tokens in seen] == [1, 1, 2, 2, 4, 4]
