@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -17,6 +18,8 @@ from textdiffusion.families.masked import Masked, MaskedConfig
 from textdiffusion.machine import fastest_precision, micro_batch_for, tune_allocator
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
+from textdiffusion.presets import configure
+from textdiffusion.training.fit import prepare
 from textdiffusion.training.learning import (
     PATIENCE,
     Learner,
@@ -28,7 +31,7 @@ from textdiffusion.training.learning import (
 from textdiffusion.training.muon import Muon, orthogonalised
 
 
-def test_threadsside_by_side_have_their_share():
+def test_threads_side_by_side_have_their_share():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
@@ -283,3 +286,25 @@ def test_memory_with_a_large_vocabulary(family, what, most):
     """16 windows of 256 tokens, 50,257 symbols: B L V numbers in float32 alone would be 785 MB."""
     run = subprocess.run([sys.executable, "-c", MEMORY, family, what], capture_output=True, text=True, check=True)
     assert float(run.stdout) < most, run.stdout
+
+
+@pytest.mark.parametrize(
+    "family, tokenizer, steps, set_, longest",
+    [
+        ("autoregressive", "char", 3, (), 5),  # 3 x 4 x 8 of about 700 characters
+        ("autoregressive", "char", 60, (), 0),
+        ("autoregressive", "bpe:300", 15, (), 0),  # a few characters a token: as many steps are more passes
+        ("autoregressive", "char", 15, (), 5),
+        ("autoregressive", "char", 60, ("network.ngrams=3",), 3),
+        ("block", "char", 60, (), 0),
+        ("masked", "char", 3, (), None),
+    ],
+)
+def test_few_passes_over_a_text_have_ngrams_and_many_have_none(tmp_path, family, tokenizer, steps, set_, longest):
+    (tmp_path / "my.txt").write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 10)
+    config = configure(family=family, data=str(tmp_path / "my.txt"), tokenizer=tokenizer, length=8, steps=steps,
+                       settings=["training.batch=4", *set_])  # fmt: skip
+    full = prepare(config)[2]
+    assert full.network.get("ngrams") == longest
+    again = dataclasses.replace(full, training=dataclasses.replace(full.training, steps=9999))
+    assert prepare(again)[2].network.get("ngrams") == longest  # what a run has it keeps

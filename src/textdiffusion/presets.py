@@ -8,7 +8,6 @@ from typing import Any
 from textdiffusion.config import RunConfig, override
 from textdiffusion.errors import UserError
 from textdiffusion.families import check as check_family
-from textdiffusion.families import family as find_family
 from textdiffusion.settings import TrainingConfig
 from textdiffusion.text.data import DataConfig
 from textdiffusion.text.tokenizer import check_kind
@@ -93,10 +92,7 @@ def configure(
         from textdiffusion.training.adaptation import begin_from
 
         return override(begin_from(config, init_from, None if tokenizer == "char" else tokenizer), settings or [])
-    config = override(config, settings or [])
-    # What stands before a position is there in full only where text is written from left to right (docs/results.md).
-    config.network.setdefault("ngrams", 0 if find_family(family).infills else 5)
-    return config
+    return override(config, settings or [])
 
 
 def demo_config(minutes: float, seed: int) -> RunConfig:

@@ -99,16 +99,16 @@ class Plan:
         """The budget of calls at which temperatures are swept."""
         return self.calls[len(self.calls) // 2]
 
-    def config(self, family: str, steps: int | None = None, seed: int | None = None, ngrams: int = 0) -> RunConfig:
+    def config(self, family: str, steps: int | None = None, seed: int | None = None, alike: bool = True) -> RunConfig:
         """The config of a run; ``steps`` in place of the budget.
 
-        The network is the same for all, n-gram embeddings too (none, unless --set says otherwise): presets give them
-        to families from left to right alone.
+        ``alike``: the network is the same for all, without n-gram embeddings (unless --set says otherwise), which by
+        default those from left to right have where it pays.
         """
         settings = [setting for setting in self.settings if not setting.startswith("process.")]
         settings += [s for s in self.settings if s.startswith("process.") and self._is_for(family, s)]
-        if not any(setting.startswith("network.ngrams") for setting in settings):
-            settings.append(f"network.ngrams={ngrams}")
+        if alike and not any(setting.startswith("network.ngrams") for setting in settings):
+            settings.append("network.ngrams=0")
         if steps is None:
             steps = self.steps
         return configure(

@@ -7,7 +7,8 @@ likelihood  Exact, at L calls, no more and no fewer.
 sampling    Left to right with a key-value cache. Past the training window the older half of the window is forgotten and
             the rest encoded again, so that the network never sees a text longer than it was trained on.
 departs from the usual in: nothing that matters. Windows, start token and network are those of the others, but for
-            the n-gram embeddings that presets.py gives families from left to right (network.ngrams=0: none).
+            the n-gram embeddings that families from left to right have in a training of few passes over its text
+            (networks/ngrams.py; network.ngrams=0: none).
 """
 
 from __future__ import annotations

@@ -10,8 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS, WIDTH = 2**15, 32  # of each order's table
+LONGEST, FEW_PASSES = 5, 2.0
 # Odd and without pattern: n-grams that share a row should have nothing else in common.
 _FACTORS = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09)
+
+
+def longest_for(passes: float) -> int:
+    """The n-grams that a training of so many passes over its text should have: up to 5, or none.
+
+    In a pass or so they save a small autoregressive network up to a tenth of a bit a character; in five they cost as
+    much, for rows that come up a few times each are learnt by heart (docs/results.md).
+    """
+    return LONGEST if passes <= FEW_PASSES else 0
 
 
 class Ngrams(nn.Module):

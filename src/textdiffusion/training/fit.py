@@ -18,10 +18,12 @@ import torch
 from textdiffusion.config import RunConfig, check_new
 from textdiffusion.errors import UserError
 from textdiffusion.evaluation.measures import Figure, evaluate
+from textdiffusion.families import family
 from textdiffusion.files import alone_in
 from textdiffusion.machine import fastest_precision, micro_batch_for, tune_allocator
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.network import TextNetwork
+from textdiffusion.networks.ngrams import longest_for
 from textdiffusion.parallel.distributed import Group, joined
 from textdiffusion.parallel.sharding import Parallel, sharded
 from textdiffusion.parallel.stopping import Signals
@@ -42,6 +44,8 @@ from textdiffusion.training.learning import Learner, train
 VALIDATION_TOKENS = 8192  # read at each validation
 VALIDATION_SHARE = 0.04  # of the training's time
 SHOWN_EVERY = 2  # validations between two printed samples
+SAMPLED = 100_000  # characters of a text, by which its tokens are reckoned
+CPU_TOKENS, GPU_TOKENS = 600_000, 30_000_000  # learnt from in a minute, about: right within a factor of a few
 
 
 @dataclass(frozen=True)
@@ -133,10 +137,29 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> tuple[Corp
     labels = sorted(set(corpus.labels.get("train", ())))
     if config.text != "" and labels != config.labels:
         raise UserError(f"{config.data.source} no longer has the labels of this run; put them back, or start a new run")
+    network = config.network
+    if not (config.text or config.init_from or "ngrams" in network or family(config.family).infills):
+        # What stands before a position is there in full only where text is written from left to right.
+        network = network | {"ngrams": longest_for(_passes(config, corpus, tokenizer))}
     config = dataclasses.replace(
-        config, vocabulary=tokenizer.vocabulary, start=tokenizer.end_of_text, text=text, labels=labels
+        config, vocabulary=tokenizer.vocabulary, start=tokenizer.end_of_text, text=text, labels=labels, network=network
     )
     return corpus, tokenizer, config
+
+
+def _passes(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> float:
+    """How often a training will read its text, about: tokens are counted in a sample, and minutes hold what they hold
+    on an ordinary processor or GPU."""
+    if is_prepared(config.data.source):
+        tokens = sum(len(part.parts["train"].tokens) for part in open_mixture(config.data.source)[0])
+    else:
+        some = next((text[:SAMPLED] for text in corpus.train if text), "")
+        tokens = int(sum(map(len, corpus.train)) * len(tokenizer.encode(some)) / max(len(some), 1))
+    training = config.training
+    read = (training.minutes or 0) * (GPU_TOKENS if torch.cuda.is_available() else CPU_TOKENS)
+    if training.steps is not None:
+        read = training.steps * training.batch * int(config.network["window"])
+    return read / max(tokens, 1)
 
 
 def to_learn(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> TrainingText:
