@@ -18,7 +18,7 @@ _FACTORS = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3A264
 def longest_for(passes: float) -> int:
     """The n-grams that a training of so many passes over its text should have: up to 5, or none.
 
-    In a pass or so they save a small autoregressive network up to a tenth of a bit a character; in five they cost as
+    In a pass or so they save a small autoregressive network up to a tenth of a bit a character; in four they cost as
     much, for rows that come up a few times each are learnt by heart (docs/results.md).
     """
     return LONGEST if passes <= FEW_PASSES else 0
