@@ -7,7 +7,8 @@ Parts, all of one seed (--only PART does some of them):
   sizes       sparse distribution, masked and autoregressive at each of --depths and --steps: equal steps; the column
               of CPU seconds says what is equal minutes
   candidates  their number, none, what share of training sees the network's own, every slot a key; at the middle size
-  passes      the same run, evaluated with more refining passes a call, and with candidates of the call before
+  passes      the same run, evaluated with more refining passes a call, and with candidates of the call before; how much
+              more than with two, on the same windows
   noise       the middle size under other noise: swapped tokens, noisy embeddings, and beliefs in their place
   writing     the largest sparse run: temperature, top-p, orders, hiding again; beside held-out text, masked diffusion
               and left to right
@@ -22,8 +23,10 @@ rows, of which none is measured again, OUT/table.md the tables.
 from __future__ import annotations
 
 import argparse
+import math
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +37,15 @@ from rows import Rows, markdown, trained, verb
 import textdiffusion as td
 from textdiffusion.evaluation.measures import text_statistics
 from textdiffusion.mathematics.noise import Noise
+from textdiffusion.process import Process
 from textdiffusion.text.data import load_corpus, tokenize, word_set
 from textdiffusion.text.windows import evaluation_windows
 
 SPARSE, MASKED, LEFT = "sparse_distribution", "masked", "autoregressive"
 CALLS = (8, 64)
 COLUMNS = [
-    "data", "name", "family", "depth", "steps", "kind", "bits_per_char", "standard_error", "at_8", "at_64",
-    "cpu_seconds", "valid_words", "repetition_1", "repetition_2", "repetition_4", "distinct_2", "entropy",
+    "data", "name", "family", "depth", "steps", "kind", "bits_per_char", "standard_error", "more", "more_error",
+    "at_8", "at_64", "cpu_seconds", "valid_words", "repetition_1", "repetition_2", "repetition_4", "distinct_2", "entropy",
 ]  # fmt: skip
 K = (1, 2, 4, 16)  # beside the default, 8
 CANDIDATES = {
@@ -93,25 +97,34 @@ def trained_row(run: Path, how: list[str], options: argparse.Namespace) -> dict[
 
 
 def passes(run: Path, options: argparse.Namespace, number: int | None) -> dict[str, Any]:
-    """The bound of a run with so many passes a call; None: candidates are those of the call before."""
+    """The bound of a run with so many passes a call; None: candidates are those of the call before. And what it is more
+    than with as many passes as were trained for, on the same windows with the same draws."""
     model = td.load(run)
-    old, config = model.process, model.process.config
-    config.passes = number or config.passes
-    process = type(old)(old.network, config, old.vocabulary, start=old.start)
-    corpus = load_corpus(model.config.data)
-    windows = evaluation_windows(tokenize(corpus, model.tokenizer)["validation"], model.window, options.eval_tokens)
+    made, config = model.process, model.process.config
+    windows = evaluation_windows(
+        tokenize(load_corpus(model.config.data), model.tokenizer)["validation"], model.window, options.eval_tokens
+    )
     x = torch.from_numpy(np.stack([w for w in windows if len(w) == model.window]).astype(np.int64))
-    if number is None:
-        process, x = process.by("carried"), x[:256]
-    with torch.inference_mode():
-        nats = torch.cat([process.nll(part, Noise.of(1, len(part))).total.double() for part in x.split(64)])
-    # One draw of the bound a window; a character is a token here.
-    bits = nats / np.log(2) / model.window
+
+    def bits(process: Process) -> torch.Tensor:
+        """One draw of the bound of each window; a token is a character here."""
+        with torch.inference_mode():
+            nats = torch.cat([process.nll(part, Noise.of(1, len(part))).total.double() for part in x.split(64)])
+        return nats / math.log(2) / model.window
+
+    other = replace(config, passes=number or config.passes)
+    process = type(made)(made.network, other, made.vocabulary, start=made.start)
+    found = bits(process if number is not None else process.by("carried"))
+    more = found - bits(made)
     return {
-        "kind": "upper",
-        "bits_per_char": float(bits.mean()),
-        "standard_error": float(bits.std() / len(bits) ** 0.5),
-    }
+        "kind": "upper", "bits_per_char": float(found.mean()), "standard_error": error_of(found),
+        "more": float(more.mean()), "more_error": error_of(more),
+    }  # fmt: skip
+
+
+def error_of(values: torch.Tensor) -> float:
+    """Standard error of the mean."""
+    return float(values.std() / len(values) ** 0.5)
 
 
 def measures(texts: list[str], words: set[str]) -> dict[str, float]:
