@@ -45,7 +45,8 @@ SPARSE, MASKED, LEFT = "sparse_distribution", "masked", "autoregressive"
 CALLS = (8, 64)
 COLUMNS = [
     "data", "name", "family", "depth", "steps", "kind", "bits_per_char", "standard_error", "more", "more_error",
-    "at_8", "at_64", "cpu_seconds", "valid_words", "repetition_1", "repetition_2", "repetition_4", "distinct_2", "entropy",
+    "at_8", "at_64", "cpu_seconds", "valid_words", "repetition_1", "repetition_2", "repetition_4", "distinct_2",
+    "entropy",
 ]  # fmt: skip
 K = (1, 2, 4, 16)  # beside the default, 8
 CANDIDATES = {
