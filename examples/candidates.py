@@ -4,20 +4,21 @@
 
 Parts, all of one seed (--only PART does some of them):
 
-  sizes       sparse distribution, masked and autoregressive at each of --depths and --steps: equal steps; the column
-              of CPU seconds says what is equal minutes
+  sizes       sparse distribution, masked and autoregressive (with n-grams, which 4.2 million of its weights are for) at
+              each of --depths and --steps: equal steps; the column of CPU seconds says what is equal minutes
   candidates  their number, none, what share of training sees the network's own, every slot a key; at the middle size
   passes      the same run, evaluated with more refining passes a call, and with candidates of the call before; how much
               more than with two, on the same windows
   noise       the middle size under other noise: swapped tokens, noisy embeddings, and beliefs in their place
-  writing     the largest sparse run: temperature, top-p, orders, hiding again; beside held-out text, masked diffusion
-              and left to right
-  sub-words   the same three families, and other k, where a vocabulary is larger; their texts in the part writing
+  writing     the largest sparse run: temperature, top-p, orders, hiding again; beside held-out text, and masked
+              diffusion and left to right at two of these settings
+  sub-words   the same three families, and other k, where a vocabulary is larger; their texts in the part writing. Left
+              to right without n-grams, and a row with them
 
 Figures: bits a character and their standard error, of the limit of many calls and, where a curve gives them, of 8 and
-64 network calls; CPU seconds of training; of samples, the share of words that occur in the text, how often words and
-runs of two and four repeat within a text, distinct pairs of words, entropy of words in bits. OUT/rows.jsonl has the
-rows, of which none is measured again, OUT/table.md the tables.
+64 network calls; CPU seconds of the command that trained; of samples, the share of words that occur in the text,
+how often words and runs of two and four repeat within a text, distinct pairs of words, entropy of words in bits.
+OUT/rows.jsonl has the rows, of which none is measured again, OUT/table.md the tables.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from textdiffusion.text.windows import evaluation_windows
 SPARSE, MASKED, LEFT = "sparse_distribution", "masked", "autoregressive"
 CALLS = (8, 64)
 COLUMNS = [
-    "data", "name", "family", "depth", "steps", "kind", "bits_per_char", "standard_error", "more", "more_error",
+    "symbols", "name", "family", "depth", "steps", "kind", "bits_per_char", "standard_error", "more", "more_error",
     "at_8", "at_64", "cpu_seconds", "valid_words", "repetition_1", "repetition_2", "repetition_4", "distinct_2",
     "entropy",
 ]  # fmt: skip
@@ -64,6 +65,8 @@ NOISE = {
     "noisy embeddings": ("gaussian_embedding", ["process.input=reals"]),
     "beliefs": ("gaussian_embedding", []),
 }
+# Of left to right: without this it would depend on the text and the steps which it has.
+NGRAMS, NO_NGRAMS = ({SPARSE: [], MASKED: [], LEFT: [f"network.ngrams={n}"]} for n in (5, 0))
 WRITING: list[dict[str, Any]] = [
     {"sampler": "random"},
     *({"sampler": "random", "temperature": t} for t in (0.7, 0.85, 1.15)),
@@ -99,7 +102,7 @@ def trained_row(run: Path, how: list[str], options: argparse.Namespace) -> dict[
 
 def passes(run: Path, options: argparse.Namespace, number: int | None) -> dict[str, Any]:
     """The bound of a run with so many passes a call; None: candidates are those of the call before. And what it is more
-    than with as many passes as were trained for, on the same windows with the same draws."""
+    than with as many passes as were trained for, on the same windows, and but for carried ones with the same draws."""
     model = td.load(run)
     made, config = model.process, model.process.config
     windows = evaluation_windows(
@@ -109,9 +112,11 @@ def passes(run: Path, options: argparse.Namespace, number: int | None) -> dict[s
 
     def bits(process: Process) -> torch.Tensor:
         """One draw of the bound of each window; a token is a character here."""
+        rows = np.arange(len(x))
+        parts = [rows[i : i + 64] for i in range(0, len(x), 64)]
         with torch.inference_mode():
-            nats = torch.cat([process.nll(part, Noise.of(1, len(part))).total.double() for part in x.split(64)])
-        return nats / math.log(2) / model.window
+            nats = [process.nll(x[part], Noise(1, part, len(x))).total.double() for part in parts]
+        return torch.cat(nats) / math.log(2) / model.window
 
     other = replace(config, passes=number or config.passes)
     process = type(made)(made.network, other, made.vocabulary, start=made.start)
@@ -167,7 +172,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["candidates", "passes", "noise", "sub-words", "sizes", "writing"])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = Rows(options.out / "rows.jsonl")
+    rows = Rows(options.out / "rows.jsonl", vars(options), ("depths", "steps"))
     sub_words = ("--data", str(options.sub_words), "--tokenizer", "bpe:1024")
     depth, steps = options.depths[len(options.depths) // 2], options.steps[len(options.steps) // 2]
 
@@ -182,13 +187,14 @@ def main() -> None:
         rows.row(key, trained_row, options.out / where, how, options)
         return options.out / where
 
-    def compare(sparse: Path, masked: Path, left: Path, data: str) -> None:
+    def compare(sparse: Path, masked: Path, left: Path, symbols: str) -> None:
         """Texts of three runs, and held-out ones."""
         words = word_set(load_corpus(td.load(sparse).config.data))
-        key = {"part": "writing", "data": Path(data).name}
+        key = {"part": "writing", "symbols": symbols}
         rows.row(key | {"name": "held-out text"}, held_out, sparse, words, options)
         for run, family in ((left, LEFT), (masked, MASKED)):
             rows.row(key | {"name": family}, written, run, words, options, {})
+            rows.row(key | {"name": f"{family}, top_p 0.9"}, written, run, words, options, {"top_p": 0.9})
         for how in WRITING:
             name = ", ".join(f"{k} {v}" if k != "sampler" else v for k, v in how.items())
             rows.row(key | {"name": name}, written, sparse, words, options, how)
@@ -214,23 +220,23 @@ def main() -> None:
             for name, (family, settings) in NOISE.items():
                 train(part, name, family, settings, depth, steps)
         elif part == "sub-words" and options.sub_words:
-            for family in (SPARSE, MASKED, LEFT):
-                train(part, family, family, [], depth, steps, *sub_words)
-            train(part, "autoregressive, no n-grams", LEFT, ["network.ngrams=0"], depth, steps, *sub_words)
+            for family, settings in NO_NGRAMS.items():
+                train(part, family, family, settings, depth, steps, *sub_words)
+            train(part, "autoregressive, n-grams", LEFT, NGRAMS[LEFT], depth, steps, *sub_words)
             for k in (1, 32):
                 train(part, f"k = {k}", SPARSE, [f"process.candidates={k}"], depth, steps, *sub_words)
             train(part, "no candidates", SPARSE, ["process.passes=1"], depth, steps, *sub_words)
         elif part == "sizes":
             for long in options.steps:
                 for size in options.depths:
-                    for family in (SPARSE, MASKED, LEFT):
-                        train(part, family, family, [], size, long)
+                    for family, settings in NGRAMS.items():
+                        train(part, family, family, settings, size, long)
         elif part == "writing":
             size, long = options.depths[-1], options.steps[-1]
-            compare(*(train("sizes", f, f, [], size, long) for f in (SPARSE, MASKED, LEFT)), options.data)
+            compare(*(train("sizes", f, f, s, size, long) for f, s in NGRAMS.items()), "characters")
             if options.sub_words:
-                compare(*(train("sub-words", f, f, [], depth, steps, *sub_words) for f in (SPARSE, MASKED, LEFT)),
-                        options.sub_words)  # fmt: skip
+                runs = (train("sub-words", f, f, s, depth, steps, *sub_words) for f, s in NO_NGRAMS.items())
+                compare(*runs, "sub-words")
 
     for part in options.only:
         do(part)

@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="a group, or several")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = Rows(options.out / "rows.jsonl")
+    rows = Rows(options.out / "rows.jsonl", vars(options))
     for group, name, measure in jobs(options.out, options):
         if options.only and group not in options.only:
             continue

@@ -12,8 +12,7 @@ all positions, and handed to it, and it learns from what it says then.
 Three things follow, each with its columns. Scored at a time near 0 its "perplexity" is 1, since the answer is in
 slot 0: the figure is of copying. Handed a wrong token there it copies that. And samples are a fixed map of a state that
 says nothing: what is random at the start either stays, as junk, or gives way to the token that is likeliest anywhere.
-In two steps not even copying is learnt: noise on what an untaught network says leaves nothing of the text, which it
-would need to be taught.
+In two steps not even copying is learnt: the first call is not taught, and passes nothing of the text on.
 
 ``families/sparse_distribution.py`` hides the answer, gives slots no number and draws tokens one after another.
 """
@@ -189,7 +188,9 @@ def main(data: str, steps: int, texts: int = 64) -> list[list[str]]:
         for low, high in ((0.1, 0.9), (0.0, 0.02), (0.98, 1.0)):
             with torch.no_grad():
                 t = low + (high - low) * (torch.arange(len(x)) + 0.5) / len(x)
-                perplexities.append(f"{math.exp(float(network.cost(x, t, generator))):.2f}")
+                perplexities.append(
+                    f"{math.exp(float(network.cost(x, t, generator, two_steps=bool(way.get('two_steps'))))):.2f}"
+                )
         written[name] = network.write(texts, generator)
         copied = f"{network.copied(x, generator):.0%}"
         rows.append([name, *perplexities, copied, *looks(written[name])])

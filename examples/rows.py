@@ -16,8 +16,20 @@ import textdiffusion as td
 class Rows:
     """A file of rows, each of a key, which says what it is of, and figures."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, options: dict[str, Any] | None = None, in_keys: tuple[str, ...] = ()):
+        """``options`` of the command line are those of all rows, and are kept beside them; but for where, which, and
+        what the keys of rows say.
+
+        Raises:
+            UserError: the rows that are there are of other options.
+        """
+        self.path, place = path, path.with_name("options.json")
+        if options is not None:
+            said = {k: v for k, v in options.items() if k not in ("out", "only", *in_keys)}
+            before = json.loads(place.read_text(encoding="utf-8")) if place.exists() else said
+            if other := [k for k in said if said[k] != before.get(k)]:
+                raise td.UserError(f"{path.parent} has rows of another --{other[0]}; choose another folder")
+            place.write_text(json.dumps(said), encoding="utf-8")
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.found: list[dict[str, Any]] = [json.loads(line) for line in lines]
 

@@ -305,7 +305,7 @@ def main() -> None:
     tune_allocator()
     ready = Prepared.of(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = Rows(options.out / "rows.jsonl")
+    rows = Rows(options.out / "rows.jsonl", vars(options))
     for row in ROWS:
         if options.only and not row.name.startswith(tuple(options.only)):
             continue

@@ -10,11 +10,9 @@ import sys
 import candidates
 import pytest
 import rows
-import torch
 
 import textdiffusion as td
 from textdiffusion.commands.cli import main
-from textdiffusion.mathematics.noise import Noise
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. "
 
@@ -23,8 +21,10 @@ TEXT = "It was a bright cold day in April, and the clocks were striking thirteen
 def words(tmp_path, monkeypatch) -> list[str]:
     """Its command line, with a tiny text; commands run in this process."""
     (tmp_path / "my.txt").write_text(TEXT * 40)
+    monkeypatch.setattr(candidates, "made", made := [], raising=False)
 
     def verb(*words):
+        made.append(words)
         with contextlib.redirect_stdout(io.StringIO()) as said:
             assert main([*words, "--json"]) == 0
         return json.loads(said.getvalue().strip().splitlines()[-1])
@@ -47,12 +47,16 @@ def test_every_part_is_measured_once(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(candidates, "WRITING", [{"sampler": "random", "temperature": 0.7}, {"sampler": "carried"}])
     found = run(monkeypatch, words)
     assert [part for part, _ in found] == [
-        *["candidates"] * 2, *["passes"] * 5, *["noise"] * 2, *["sizes"] * 3, *["writing"] * 5
+        *["candidates"] * 2, *["passes"] * 5, *["noise"] * 2, *["sizes"] * 3, *["writing"] * 7
     ]  # fmt: skip
     assert td.load(tmp_path / "OUT/sparse_distribution-process.candidates=2-1-2").process.k == 2
     # One run is in three parts, and is trained once.
     same = [found[key] for key in (("candidates", "as it is"), ("noise", "candidates"), ("sizes", candidates.SPARSE))]
-    assert len({row["cpu_seconds"] for row in same}) == len({row["bits_per_char"] for row in same}) == 1
+    assert len({row["bits_per_char"] for row in same}) == 1
+    runs = [
+        words[words.index("--out") + 1] for words in candidates.made if words[0] == "train" and "--resume" not in words
+    ]
+    assert len(runs) == len(set(runs)) == 5
     assert found["sizes", "autoregressive"]["kind"] == "exact" and "at_8" in found["sizes", "masked"]
     assert found["writing", "held-out text"]["valid_words"] == 1
     assert found["writing", "random, temperature 0.7"]["text"] != found["writing", "carried"]["text"]
@@ -62,18 +66,16 @@ def test_every_part_is_measured_once(words, tmp_path, monkeypatch, capsys):
 
 def test_passes_are_what_the_bound_is_of(words, tmp_path, monkeypatch):
     monkeypatch.setattr(candidates, "CANDIDATES", {"as it is": []})
-    found = run(monkeypatch, [*words, "--only", "candidates", "passes"])
-    process = td.load(tmp_path / "OUT/sparse_distribution-1-2").process
-    assert process.passes == 2
-    x = torch.zeros(1, 12, dtype=torch.long)
-    for number in (1, 3):
-        calls = []
-        process.network.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        process.passes = number
-        process.nll(x, Noise.of(1, 1))
-        made, process.passes = len(calls), 1
-        calls.clear()
-        process.nll(x, Noise.of(1, 1))
-        assert made == number * len(calls)
-    names = [name for part, name in found if part == "passes"]
-    assert names == ["1 passes", "2 passes", "3 passes", "4 passes", "carried"]
+    found = run(monkeypatch, [*words, "--set", "training.rate=0.05", "--only", "candidates", "passes"])
+    found = {name: row for (part, name), row in found.items() if part == "passes"}
+    assert list(found) == ["1 passes", "2 passes", "3 passes", "4 passes", "carried"]
+    assert found["2 passes"]["more"] == 0 and found["2 passes"]["standard_error"] > 0
+    for name in ("1 passes", "3 passes", "carried"):
+        assert found[name]["more"] != 0, name
+
+
+def test_rows_of_other_options_are_refused(words, tmp_path, monkeypatch, capsys):
+    rows.Rows(tmp_path / "rows.jsonl", {"data": "a", "out": 1, "steps": [1]}, ("steps",))
+    rows.Rows(tmp_path / "rows.jsonl", {"data": "a", "out": 2, "steps": [2]}, ("steps",))
+    with pytest.raises(td.UserError, match="rows of another --data; choose another folder"):
+        rows.Rows(tmp_path / "rows.jsonl", {"data": "b", "out": 1, "steps": [1]}, ("steps",))

@@ -100,6 +100,17 @@ def test_interrupted_twice_and_run_again_is_the_same_report(home, results, monke
     measured = {path.stem for path in (home / "second/measured").iterdir()}
     assert measured == {"shared", "masked"}
 
+    def of_the_judge(process, *arguments):
+        for now in act(process, *arguments):
+            if now.step == 2 and getattr(process.network, "ngrams", None) is not None:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield now
+
+    with monkeypatch.context() as patch:
+        act = fit.train
+        patch.setattr(fit, "train", of_the_judge)
+        assert main(again) == 130  # in the midst of the judge's training, which alone has n-grams
+
     def interrupted(model, bench):
         raise KeyboardInterrupt
 

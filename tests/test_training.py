@@ -19,7 +19,7 @@ from textdiffusion.machine import fastest_precision, micro_batch_for, tune_alloc
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
 from textdiffusion.presets import configure
-from textdiffusion.training.fit import prepare
+from textdiffusion.training.fit import _passes, prepare, to_learn
 from textdiffusion.training.learning import (
     PATIENCE,
     Learner,
@@ -306,5 +306,18 @@ def test_few_passes_over_a_text_have_ngrams_and_many_have_none(tmp_path, family,
                        settings=["training.batch=4", *set_])  # fmt: skip
     full = prepare(config)[2]
     assert full.network.get("ngrams") == longest
-    again = dataclasses.replace(full, training=dataclasses.replace(full.training, steps=9999))
-    assert prepare(again)[2].network.get("ngrams") == longest  # what a run has it keeps
+    # What a run has it keeps, and so does one that was stored without a word of it.
+    without = {name: value for name, value in full.network.items() if name != "ngrams"}
+    for network in (full.network, without):
+        assert prepare(dataclasses.replace(full, network=network))[2].network == network
+
+
+def test_passes_are_reckoned_by_the_device_and_by_the_text_whole(tmp_path):
+    (tmp_path / "my.jsonl").write_text('{"text": "ab"}\n' + '{"text": "abcdefghij abcdefghij"}\n' * 400)
+    config = configure(
+        family="autoregressive", data=str(tmp_path / "my.jsonl"), tokenizer="bpe:260", length=8, minutes=0.01
+    )
+    corpus, tokenizer, full = prepare(config)
+    reckoned = 6000 / _passes(config, corpus, tokenizer, "cpu")
+    assert reckoned == pytest.approx(to_learn(full, corpus, tokenizer).training_tokens, rel=0.25)
+    assert _passes(config, corpus, tokenizer, "cuda") == pytest.approx(50 * _passes(config, corpus, tokenizer, "cpu"))

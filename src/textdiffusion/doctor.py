@@ -51,7 +51,7 @@ def estimate(config: RunConfig, device: str, processes: int = 1) -> dict[str, An
         UserError: unusable data or settings.
     """
     tune_allocator()
-    corpus, tokenizer, config = prepare(config)
+    corpus, tokenizer, config = prepare(config, device=device)
     text = to_learn(config, corpus, tokenizer)
     process = build(config)
     network: Any = process.network

@@ -159,9 +159,10 @@ class Comparison:
         return self.plan.config(family, self._steps(family))
 
     def _judge_config(self) -> RunConfig:
-        # Another seed: a model must not be its own judge. With n-gram embeddings where they pay: the better judge.
+        # Another seed: a model must not be its own judge. With n-gram embeddings in few passes: the better judge.
         steps = None if self.plan.flops is None else self._steps("autoregressive")
-        return self.plan.config("autoregressive", steps, self.plan.seed + 1, alike=False)
+        config = self.plan.config("autoregressive", steps, self.plan.seed + 1, own_ngrams=True)
+        return replace(config, network=prepare(config, device=self.device)[2].network)
 
     def _steps(self, family: str) -> int:
         """Optimiser steps that hold the budget of arithmetic: one is counted, none is made."""

@@ -99,15 +99,17 @@ class Plan:
         """The budget of calls at which temperatures are swept."""
         return self.calls[len(self.calls) // 2]
 
-    def config(self, family: str, steps: int | None = None, seed: int | None = None, alike: bool = True) -> RunConfig:
+    def config(
+        self, family: str, steps: int | None = None, seed: int | None = None, own_ngrams: bool = False
+    ) -> RunConfig:
         """The config of a run; ``steps`` in place of the budget.
 
-        ``alike``: the network is the same for all, without n-gram embeddings (unless --set says otherwise), which by
-        default those from left to right have where it pays.
+        The network is the same for all: without n-gram embeddings, unless --set says otherwise, or ``own_ngrams`` that
+        it has those which a training of its own would have (networks/ngrams.py).
         """
         settings = [setting for setting in self.settings if not setting.startswith("process.")]
         settings += [s for s in self.settings if s.startswith("process.") and self._is_for(family, s)]
-        if alike and not any(setting.startswith("network.ngrams") for setting in settings):
+        if not own_ngrams and not any(setting.startswith("network.ngrams") for setting in settings):
             settings.append("network.ngrams=0")
         if steps is None:
             steps = self.steps

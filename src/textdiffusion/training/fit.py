@@ -107,9 +107,11 @@ class Warned:
 Event = Started | Stepped | Validated | Warned | Stopped
 
 
-def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> tuple[Corpus, Tokenizer, RunConfig]:
+def prepare(
+    config: RunConfig, tokenizer: Tokenizer | None = None, device: str = "cpu"
+) -> tuple[Corpus, Tokenizer, RunConfig]:
     """Read the text and make, or take, the tokenizer; the config with what follows from them filled in. Of prepared
-    corpora the tokens are read when they are needed, and the text is not there."""
+    corpora the tokens are read when they are needed, and the text is not there. ``device``: where it will be learnt."""
     if is_prepared(config.data.source):
         corpora, _ = open_mixture(config.data.source)
         corpus = Corpus(config.data.source, [], [], provenance="; ".join(c.provenance for c in corpora))
@@ -140,26 +142,29 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> tuple[Corp
     network = config.network
     if not (config.text or config.init_from or "ngrams" in network or family(config.family).infills):
         # What stands before a position is there in full only where text is written from left to right.
-        network = network | {"ngrams": longest_for(_passes(config, corpus, tokenizer))}
+        network = network | {"ngrams": longest_for(_passes(config, corpus, tokenizer, device))}
     config = dataclasses.replace(
         config, vocabulary=tokenizer.vocabulary, start=tokenizer.end_of_text, text=text, labels=labels, network=network
     )
     return corpus, tokenizer, config
 
 
-def _passes(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> float:
-    """How often a training will read its text, about: tokens are counted in a sample, and minutes hold what they hold
-    on an ordinary processor or GPU."""
-    if is_prepared(config.data.source):
-        tokens = sum(len(part.parts["train"].tokens) for part in open_mixture(config.data.source)[0])
-    else:
-        some = next((text[:SAMPLED] for text in corpus.train if text), "")
-        tokens = int(sum(map(len, corpus.train)) * len(tokenizer.encode(some)) / max(len(some), 1))
+def _passes(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, device: str) -> float:
+    """How often a training will read its text, about, and of a mixture the part that it reads oftenest: tokens are
+    counted in a sample, and minutes hold what they hold on an ordinary processor or GPU."""
     training = config.training
-    read = (training.minutes or 0) * (GPU_TOKENS if torch.cuda.is_available() else CPU_TOKENS)
+    read = (training.minutes or 0) * (CPU_TOKENS if device == "cpu" else GPU_TOKENS)
     if training.steps is not None:
         read = training.steps * training.batch * int(config.network["window"])
-    return read / max(tokens, 1)
+    if is_prepared(config.data.source):
+        parts = zip(*open_mixture(config.data.source), strict=True)
+        return max(read * weight / max(len(part.parts["train"].tokens), 1) for part, weight in parts)
+    some = ""
+    for text in corpus.train:
+        some += text[: SAMPLED - len(some)]
+        if len(some) == SAMPLED:
+            break
+    return read / max(sum(map(len, corpus.train)) * len(tokenizer.encode(some)) / max(len(some), 1), 1)
 
 
 def to_learn(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> TrainingText:
@@ -183,7 +188,9 @@ def _begin(config: RunConfig, path: Path, resume: bool, device: str, group: Grou
 
     def main() -> tuple[Run, Corpus]:
         before = Run.open(path) if resume else None
-        corpus, tokenizer, full = prepare(before.config if before else config, before.tokenizer if before else None)
+        corpus, tokenizer, full = prepare(
+            before.config if before else config, before.tokenizer if before else None, device
+        )
         if before:
             before.tidy()
             return Run(path, full, tokenizer), corpus
