@@ -32,7 +32,7 @@ from textdiffusion.evaluation.measures import evaluate, whole_words
 from textdiffusion.mathematics.grids import GRIDS
 from textdiffusion.text.data import tokenize, word_set
 from textdiffusion.text.windows import evaluation_windows
-from textdiffusion.training.fit import prepare
+from textdiffusion.training.preparation import prepare
 
 HERE = Path(__file__).parent
 PART = 32  # texts

@@ -38,7 +38,7 @@ from textdiffusion.sampling.reverse import sample
 from textdiffusion.text.data import tokenize
 from textdiffusion.text.windows import evaluation_windows
 from textdiffusion.training.adaptation import fill
-from textdiffusion.training.fit import prepare
+from textdiffusion.training.preparation import prepare
 from textdiffusion.training.terminal import follow
 
 BATCH = 16  # windows at once

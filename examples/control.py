@@ -38,7 +38,7 @@ from textdiffusion.mathematics.noise import Noise
 from textdiffusion.process import HasCurve, Process, State
 from textdiffusion.text.data import Corpus, tokenize, word_set
 from textdiffusion.text.windows import evaluation_windows
-from textdiffusion.training.fit import prepare
+from textdiffusion.training.preparation import prepare
 
 PARTS = ("constraints", "gaps", "guidance")
 WEIGHTS = (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0)

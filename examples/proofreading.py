@@ -13,7 +13,7 @@ import numpy as np
 import textdiffusion as td
 from textdiffusion.text.data import tokenize
 from textdiffusion.text.windows import evaluation_windows
-from textdiffusion.training.fit import prepare
+from textdiffusion.training.preparation import prepare
 
 
 def measure(model: td.Model, share: float, windows: int = 64, seed: int = 0) -> dict[str, float]:

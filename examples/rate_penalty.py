@@ -17,7 +17,7 @@ from textdiffusion.errors import UserError
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.text.data import tokenize
 from textdiffusion.text.windows import evaluation_windows
-from textdiffusion.training.fit import prepare
+from textdiffusion.training.preparation import prepare
 
 
 @torch.inference_mode()

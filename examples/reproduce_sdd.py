@@ -36,8 +36,8 @@ from textdiffusion.run import build
 from textdiffusion.sampling.reverse import sample
 from textdiffusion.text.data import tokenize
 from textdiffusion.text.windows import Windows, evaluation_windows
-from textdiffusion.training.fit import prepare
 from textdiffusion.training.learning import Learner, TrainingConfig
+from textdiffusion.training.preparation import prepare
 
 LENGTH, K, WIDTH, DEPTH, HEADS, BATCH = 16, 4, 64, 2, 2, 32
 

@@ -45,8 +45,8 @@ from textdiffusion.sampling.reverse import Counted, sample
 from textdiffusion.text.data import Corpus, tokenize, word_set
 from textdiffusion.text.tokenizer import Tokenizer
 from textdiffusion.text.windows import Windows, evaluation_windows
-from textdiffusion.training.fit import prepare
 from textdiffusion.training.learning import Learner, train
+from textdiffusion.training.preparation import prepare
 
 DEPTH, LEVELS, CALLS = 4, 1000, 100
 SETTINGS = [

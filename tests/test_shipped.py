@@ -19,7 +19,7 @@ from textdiffusion.evaluation.measures import evaluate
 from textdiffusion.run import build
 from textdiffusion.text.data import tokenize
 from textdiffusion.text.windows import evaluation_windows
-from textdiffusion.training.fit import prepare
+from textdiffusion.training.preparation import prepare
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "examples" / "first_minutes.ipynb"

@@ -19,7 +19,6 @@ from textdiffusion.machine import fastest_precision, micro_batch_for, tune_alloc
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
 from textdiffusion.presets import configure
-from textdiffusion.training.fit import _passes, prepare, to_learn
 from textdiffusion.training.learning import (
     PATIENCE,
     Learner,
@@ -29,6 +28,7 @@ from textdiffusion.training.learning import (
     train,
 )
 from textdiffusion.training.muon import Muon, orthogonalised
+from textdiffusion.training.preparation import _passes, prepare, to_learn
 
 
 def test_threads_side_by_side_have_their_share():

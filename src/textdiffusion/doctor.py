@@ -19,8 +19,8 @@ from textdiffusion.machine import fastest_precision, micro_batch_for, processor_
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.process import count_parameters
 from textdiffusion.run import build
-from textdiffusion.training.fit import prepare, to_learn
 from textdiffusion.training.learning import Learner
+from textdiffusion.training.preparation import prepare, to_learn
 
 
 def machine(device: str = "auto") -> dict[str, str]:

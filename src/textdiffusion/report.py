@@ -18,7 +18,7 @@ from textdiffusion.text.data import Corpus, tokenize, whole_text, word_set
 from textdiffusion.text.shards import is_prepared, training_text
 from textdiffusion.text.tokenizer import Tokenizer
 from textdiffusion.text.windows import evaluation_labels, evaluation_windows
-from textdiffusion.training.fit import prepare
+from textdiffusion.training.preparation import prepare
 
 # Of a short text so many noisy copies are read that figures for different numbers of calls can be told apart.
 MOST_EXAMPLES = 8192  # noisy windows that the optimal grid is measured on

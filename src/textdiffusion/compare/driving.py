@@ -40,7 +40,7 @@ from textdiffusion.process import count_parameters
 from textdiffusion.run import Run, build
 from textdiffusion.settings import Precision
 from textdiffusion.text.data import fingerprint
-from textdiffusion.training.fit import prepare
+from textdiffusion.training.preparation import prepare
 from textdiffusion.training.terminal import clock, follow
 
 FORMAT = 1

@@ -29,7 +29,7 @@ from textdiffusion.sampling.reverse import Counted, sample
 from textdiffusion.text.data import WORD, Corpus, tokenize, word_set
 from textdiffusion.text.tokenizer import Tokenizer
 from textdiffusion.text.windows import TokenRuns, evaluation_windows
-from textdiffusion.training.fit import prepare
+from textdiffusion.training.preparation import prepare
 
 GAP = 3  # tokens of the span that is filled
 GAPS = 128  # windows of which a span is filled, at most
