@@ -16,6 +16,7 @@ autoregressive model). examples/second_system.py has the second system's own set
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,13 @@ import torch
 from rows import Rows, markdown, trained, verb
 
 import textdiffusion as td
+from textdiffusion.config import RunConfig
 from textdiffusion.evaluation.measures import text_statistics
+from textdiffusion.families import family as family_named
 from textdiffusion.families.analog_bits import AnalogBits, AnalogBitsConfig
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.mathematics.worlds import Table
+from textdiffusion.presets import configure
 from textdiffusion.sampling.reverse import sample
 from textdiffusion.text.data import load_corpus, tokenize, word_set
 from textdiffusion.text.windows import evaluation_windows
@@ -62,12 +66,19 @@ ROWS = [
     ("speed", BITS, BITS, []),
 ]  # fmt: skip
 CALLS = (10, 25, 50, 100, 250, 500)
-DELTAS = (*range(11), 20, 50)
+DELTAS = (0, 1, 2, 3, 5, 7, 10, 20, 50)
+
+
+def whole(family: str, options: argparse.Namespace, settings: list[str]) -> tuple[RunConfig, object]:
+    """A config, and its process with all defaults."""
+    config = configure(family=family, settings=[*options.settings, *settings])
+    return replace(config, process={}), family_named(family).Config(**config.process)
 
 
 def run_of(out: Path, family: str, settings: list[str], options: argparse.Namespace) -> Path:
-    """The run of these settings; rows of equal settings share it."""
-    run = out / ("-".join([family, *(s.replace("/", "_") for s in settings)]) or family)
+    """The run of these settings; rows of equal settings, of which some only name a default, share it."""
+    settings = [s for s in settings if whole(family, options, [s]) != whole(family, options, [])]
+    run = out / "-".join([family, *(s.replace("/", "_") for s in settings)])
     how = ["--family", family, "--data", options.data, "--length", str(options.length)]
     how += ["--steps", str(options.steps)] if options.steps else ["--minutes", str(options.minutes)]
     return trained(run, *how, *(word for s in (*options.settings, *settings) for word in ("--set", s)))
