@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from held_law import main as show_particles
 from torch.nn.functional import one_hot, pad
 
 import textdiffusion as td
@@ -32,7 +31,6 @@ from textdiffusion.text.template import Template
 from textdiffusion.verification.enumeration import enumerated_law, misfit
 from textdiffusion.verification.subject import IMPROBABLE, Subject
 
-ROOT = Path(__file__).parents[1]
 V, L, LETTERS = 2, 3, "ab"
 WORLD = random_table(V, L, seed=1)
 TEXTS = ["".join(LETTERS[v] for v in x) for x in WORLD.texts.tolist()]
@@ -237,10 +235,7 @@ def test_every_family_can_be_held():
 
 
 def test_the_example_shows_the_particles_at_work(capsys):
-    spec = importlib.util.spec_from_file_location("held_law", ROOT / "examples" / "held_law.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    example.main(draws=100)
+    show_particles(draws=100)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and lines[-1].split()[0] == "16"
 

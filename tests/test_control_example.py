@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-from pathlib import Path
 
+import control
 import pytest
 
 import textdiffusion as td
@@ -14,9 +13,6 @@ from textdiffusion.families import family
 from textdiffusion.mathematics.worlds import random_table
 from textdiffusion.verification.subject import Subject
 
-spec = importlib.util.spec_from_file_location("control", Path(__file__).parents[1] / "examples" / "control.py")
-control = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(control)
 SETTINGS = ["training.batch=8", "network.width=32", "network.heads=2", "network.ngrams=0", "training.evaluations=1"]
 
 

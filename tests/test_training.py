@@ -19,6 +19,8 @@ from textdiffusion.machine import fastest_precision, micro_batch_for, tune_alloc
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
 from textdiffusion.presets import configure
+from textdiffusion.text.preparing import prepare_corpus
+from textdiffusion.text.shards import open_prepared
 from textdiffusion.training.learning import (
     PATIENCE,
     Learner,
@@ -321,3 +323,15 @@ def test_passes_are_reckoned_by_the_device_and_by_the_text_whole(tmp_path):
     reckoned = 6000 / _passes(config, corpus, tokenizer, "cpu")
     assert reckoned == pytest.approx(to_learn(full, corpus, tokenizer).training_tokens, rel=0.25)
     assert _passes(config, corpus, tokenizer, "cuda") == pytest.approx(50 * _passes(config, corpus, tokenizer, "cpu"))
+
+
+def test_of_a_mixture_the_part_that_is_read_oftenest_counts(tmp_path):
+    for name, times in (("small", 100), ("large", 10_000)):
+        (tmp_path / f"{name}.txt").write_text("ab " * times)
+        prepare_corpus(str(tmp_path / f"{name}.txt"), tmp_path / name, tokenizer="byte", workers=1)
+    source = f"mix:{tmp_path / 'small'}=0.25,{tmp_path / 'large'}=0.75"
+    config = configure(family="autoregressive", data=source, tokenizer="byte", length=8, steps=10)
+    corpus, tokenizer, full = prepare(config)
+    length = len(open_prepared(tmp_path / "small").parts["train"].tokens)
+    assert _passes(config, corpus, tokenizer, "cpu") == pytest.approx(0.25 * 10 * 32 * 8 / length)
+    assert full.network["ngrams"] == 0  # of the large one alone it is less than a pass
