@@ -44,6 +44,7 @@ from textdiffusion.text.windows import evaluation_windows
 
 SPARSE, MASKED, LEFT = "sparse_distribution", "masked", "autoregressive"
 CALLS = (8, 64)
+PARTS = ("candidates", "passes", "noise", "sub-words", "sizes", "writing")
 COLUMNS = [
     "symbols", "name", "family", "depth", "steps", "kind", "bits_per_char", "standard_error", "more", "more_error",
     "at_8", "at_64", "cpu_seconds", "valid_words", "repetition_1", "repetition_2", "repetition_4", "distinct_2",
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=64, help="of the part writing")
     parser.add_argument("--eval-tokens", type=int, default=40_000)
     parser.add_argument("--set", action="append", default=[], dest="settings", help="of all runs")
-    parser.add_argument("--only", nargs="+", default=["candidates", "passes", "noise", "sub-words", "sizes", "writing"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     rows = Rows(options.out / "rows.jsonl", vars(options), ("depths", "steps"))

@@ -16,7 +16,7 @@ autoregressive model). examples/second_system.py has the second system's own set
 import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,6 @@ import torch
 from rows import Rows, markdown, trained, verb
 
 import textdiffusion as td
-from textdiffusion.config import RunConfig
 from textdiffusion.evaluation.measures import text_statistics
 from textdiffusion.families import family as family_named
 from textdiffusion.families.analog_bits import AnalogBits, AnalogBitsConfig
@@ -65,19 +64,22 @@ ROWS = [
     ("speed", EMBEDDING, EMBEDDING, []),
     ("speed", BITS, BITS, []),
 ]  # fmt: skip
+GROUPS = (*dict.fromkeys(group for group, *_ in ROWS), "given", "bias", "calls", "delta")
 CALLS = (10, 25, 50, 100, 250, 500)
-DELTAS = (0, 1, 2, 3, 5, 7, 10, 20, 50)
+DELTAS = (*range(11), 20, 50)
 
 
-def whole(family: str, options: argparse.Namespace, settings: list[str]) -> tuple[RunConfig, object]:
-    """A config, and its process with all defaults."""
-    config = configure(family=family, settings=[*options.settings, *settings])
-    return replace(config, process={}), family_named(family).Config(**config.process)
+def fields(family: str, settings: list[str]) -> dict[str, object]:
+    """All that can be set of network and process, defaults and all."""
+    config = configure(family=family, settings=settings)
+    process = asdict(family_named(family).Config(**config.process))
+    return {f"network.{k}": v for k, v in config.network.items()} | {f"process.{k}": v for k, v in process.items()}
 
 
 def run_of(out: Path, family: str, settings: list[str], options: argparse.Namespace) -> Path:
     """The run of these settings; rows of equal settings, of which some only name a default, share it."""
-    settings = [s for s in settings if whole(family, options, [s]) != whole(family, options, [])]
+    plain, made = fields(family, options.settings), fields(family, [*options.settings, *settings])
+    settings = [s for s in settings if made[s.split("=")[0]] != plain.get(s.split("=")[0])]
     run = out / "-".join([family, *(s.replace("/", "_") for s in settings)])
     how = ["--family", family, "--data", options.data, "--length", str(options.length)]
     how += ["--steps", str(options.steps)] if options.steps else ["--minutes", str(options.minutes)]
@@ -116,8 +118,8 @@ def filled(run: Path, options: argparse.Namespace) -> dict[str, float]:
     model = td.load(run)
     corpus = load_corpus(model.config.data)
     windows = evaluation_windows(tokenize(corpus, model.tokenizer)["validation"], model.window)
-    whole = [w for w in windows if len(w) == model.window][: options.samples]
-    x = torch.from_numpy(np.stack(whole).astype(np.int64))
+    full = [w for w in windows if len(w) == model.window][: options.samples]
+    x = torch.from_numpy(np.stack(full).astype(np.int64))
     given = torch.ones(model.window, dtype=torch.bool)
     given[model.window // 3 : 2 * model.window // 3] = False
     *_, last = sample(
@@ -214,7 +216,7 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int, default=160_000)
     parser.add_argument("--delta-calls", type=int, default=2000, help="sampling steps of the group delta")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="PART.KEY=VALUE", help="of all")
-    parser.add_argument("--only", action="append", help="a group, or several")
+    parser.add_argument("--only", action="append", choices=GROUPS, help="a group; may be given again")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     rows = Rows(options.out / "rows.jsonl", vars(options))

@@ -6,7 +6,7 @@ place, and one at a time is taken out.
 Its settings: 4 blocks, windows of 256, cosine schedule, 1,000 noise levels, no self-conditioning, Muon at 0.02, five
 hundredths of the training to warm up and a tenth to cool down. A row is trained for so many minutes (or --steps) and
 writes texts; one that is done is not done again, so the script may be stopped and started. OUT/rows.jsonl holds the
-figures, OUT/table.md the table. ``--only NAME`` does the rows whose names begin so.
+figures, OUT/table.md the table. ``--only NAME`` does the row of that name.
 
 Columns: where training stopped, if it did; the bound in bits per character, where the row has one (nothing is a
 likelihood whose tokens come of an untaught head); of the tokens of samples, the share of token 0, the share of the
@@ -300,14 +300,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--eval-tokens", type=int, default=40_000)
     parser.add_argument("--set", action="append", default=[], metavar="PART.KEY=VALUE", help="of all rows")
-    parser.add_argument("--only", action="append", help="rows whose names begin so")
+    parser.add_argument("--only", action="append", choices=[row.name for row in ROWS], metavar="NAME", help="this row")
     options = parser.parse_args()
     tune_allocator()
     ready = Prepared.of(options)
     options.out.mkdir(parents=True, exist_ok=True)
     rows = Rows(options.out / "rows.jsonl", vars(options))
     for row in ROWS:
-        if options.only and not row.name.startswith(tuple(options.only)):
+        if options.only and row.name not in options.only:
             continue
         rows.row({"name": row.name}, measure, row, ready, options)
         (options.out / "table.md").write_text(as_table(rows.found), encoding="utf-8")

@@ -139,7 +139,7 @@ def test_a_root_of_less_than_nothing_is_no_number(system, text, tmp_path, monkey
     words = ["--data", text, "--steps", 3, "--length", 12, "--samples", 2, "--calls", 2, "--eval-tokens", 60]
     for setting in ("network.depth=1", "network.width=16", "training.batch=4", "process.width=4", "process.times=2"):
         words += ["--set", setting]
-    run(system, monkeypatch, tmp_path / "OUT", *words, "--only", "without: a sqrt")
+    run(system, monkeypatch, tmp_path / "OUT", *words, "--only", "without: a sqrt schedule above zero (first system)")
     (row,) = map(json.loads, (tmp_path / "OUT/rows.jsonl").read_text().splitlines())
     assert row["stopped"] == "no number, step 1" and row["bits_per_char"] is None
 
@@ -150,7 +150,8 @@ def test_embeddings_collapse_where_nothing_holds_them_apart(system, text, tmp_pa
     small = ("network.depth=1", "network.width=16", "training.batch=16", "process.width=4", "training.rate=0.03")
     for setting in small:
         words += ["--set", setting]
-    run(system, monkeypatch, tmp_path / "OUT", *words, "--only", "without: embeddings", "--only", "mended, predicting")
+    words += ["--only", "without: embeddings held apart", "--only", "mended, predicting eps"]
+    run(system, monkeypatch, tmp_path / "OUT", *words)
     held, free = map(json.loads, (tmp_path / "OUT/rows.jsonl").read_text().splitlines())
     assert held["embeddings_apart"] > 1 > 0.5 > free["embeddings_apart"], (held, free)
     assert held["embeddings_length"] == pytest.approx(1, abs=1e-3) and free["embeddings_length"] < 0.5, (held, free)
