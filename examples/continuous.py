@@ -24,7 +24,7 @@ import torch
 from rows import Rows, markdown, trained, verb
 
 import textdiffusion as td
-from textdiffusion.evaluation.measures import text_statistics
+from textdiffusion.evaluation.measures import TextStatistics, text_statistics
 from textdiffusion.families import family as family_named
 from textdiffusion.families.analog_bits import AnalogBits, AnalogBitsConfig
 from textdiffusion.mathematics.noise import Noise
@@ -42,8 +42,9 @@ ROWS = [
     ("schedule", "sqrt", EMBEDDING, ["process.schedule=sqrt"]),
     *(("times", str(n), EMBEDDING, ["process.schedule=cosine", f"process.times={n}"]) for n in (100, 500, 1000)),
     *(("depth", str(n), EMBEDDING, [f"network.depth={n}"]) for n in (4, 8, 12, 16)),
-    # Reals for all: a belief does not say where within its noise a position is, which eps and flow have to.
-    *(("target", t, EMBEDDING, [f"process.target={t}", "process.input=reals"])
+    # Reals for all, since beliefs do not say where within its noise a position is; and no learned clock, which goes by
+    # the law of tokens.
+    *(("target", t, EMBEDDING, [f"process.target={t}", "process.input=reals", "process.schedule=cosine"])
       for t in ("tokens", "x_0", "eps", "v", "flow")),
     *(("estimate", f"{f}, {share}", f, [f"process.self_conditioning={share}"])
       for f in (EMBEDDING, BITS) for share in (0.0, 0.5)),
@@ -59,7 +60,8 @@ ROWS = [
     ("network", "transformer", BITS, []),
     ("network", "U-Net", BITS, ["network.body=unet"]),
     ("network", "U-Net, bits, told the noise (the first system's)", BITS,
-     ["network.body=unet", "process.output=bits", "process.input=reals", "process.schedule=cosine"]),
+     ["network.body=unet", "process.output=bits", "process.input=reals", "process.schedule=cosine",
+      "process.evidence=false", "process.given=0.0"]),
     ("speed", "autoregressive", "autoregressive", ["network.ngrams=0"]),
     ("speed", EMBEDDING, EMBEDDING, []),
     ("speed", BITS, BITS, []),
@@ -99,22 +101,24 @@ def row(out: Path, family: str, settings: list[str], options: argparse.Namespace
     }  # fmt: skip
 
 
-def words(run: Path, options: argparse.Namespace, calls: int, sampler: str, **changes: float) -> dict[str, float]:
-    """Valid words, repetition and entropy of samples; ``changes`` are of the sampling options of the family."""
-    model = td.load(run)
-    for name, value in changes.items():
-        setattr(model.process.config, name, value)
-    old = model.process
-    model.process = type(old)(old.network, old.config, old.vocabulary, start=old.start)
-    texts = model.sample(n=options.samples, calls=calls, sampler=sampler, seed=1)
+def words(
+    run: Path, options: argparse.Namespace, calls: int, sampler: str, grid: str | None = None, settings: tuple = ()
+) -> dict[str, float]:
+    """Valid words, repetition and entropy of samples; ``settings`` are of the sampling."""
+    model = td.load(run, settings=settings)
+    texts = model.sample(n=options.samples, calls=calls, sampler=sampler, grid=grid, seed=1)
     found = text_statistics(texts, word_set(load_corpus(model.config.data)))
-    return {
-        "valid_words": found.valid_words, "repetition": found.repetition[1], "entropy": found.entropy,
-    }  # fmt: skip
+    return valid(found) | {"repetition": found.repetition[1], "entropy": found.entropy}
+
+
+def valid(found: TextStatistics) -> dict[str, float]:
+    """The share of words that occur in the text, and its standard error."""
+    share = found.valid_words
+    return {"valid_words": share, "words_error": (share * (1 - share) / max(found.words, 1)) ** 0.5}
 
 
 def filled(run: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Held-out windows, their middle third written anew: how much comes back as it was, and the words of the whole."""
+    """Held-out windows, their middle third written anew: how many tokens come back as they were, and the words."""
     model = td.load(run)
     corpus = load_corpus(model.config.data)
     windows = evaluation_windows(tokenize(corpus, model.tokenizer)["validation"], model.window)
@@ -126,7 +130,8 @@ def filled(run: Path, options: argparse.Namespace) -> dict[str, float]:
         model.process, Noise.of(1, len(x)), model.window, model.window, tokens=x, given=given.expand(len(x), -1)
     )
     found = text_statistics([model.tokenizer.decode(ids) for ids in last.tokens.tolist()], word_set(corpus))
-    return {"as_it_was": float((last.tokens == x)[:, ~given].double().mean()), "valid_words": found.valid_words}
+    right = (last.tokens == x)[:, ~given].double().mean(-1)
+    return {"as_it_was": float(right.mean()), "its_error": float(right.std() / len(right) ** 0.5)} | valid(found)
 
 
 def bias(conditioning: str, calls: int, texts: int = 40_000) -> dict[str, float]:
@@ -167,7 +172,12 @@ def jobs(out: Path, options: argparse.Namespace):
                 "delta",
                 f"self-conditioning {share}, {delta}",
                 lambda settings=settings, delta=delta: words(
-                    run_of(out, BITS, settings, options), options, options.delta_calls, "ddim", delta=float(delta)
+                    run_of(out, BITS, settings, options),
+                    options,
+                    options.delta_calls,
+                    "ddim",
+                    "time",
+                    (f"process.delta={delta}",),
                 ),
             )
 

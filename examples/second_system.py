@@ -114,7 +114,7 @@ class HeadNotTaught(GaussianEmbedding):
 
 
 class EmbeddingsLeftFree(GaussianEmbedding):
-    """Embeddings of any length, taught by the error of eps alone, through what it is compared with too."""
+    """Embeddings of any length, taught by the error of eps alone, by way of the noisy vectors that are read."""
 
     def codes(self) -> Tensor:
         return self.network.codes.float()  # type: ignore[attr-defined]
@@ -177,7 +177,7 @@ class Row:
     settings: tuple[str, ...] = ()
     process: type[GaussianEmbedding] = GaussianEmbedding
     reads: Callable[[Any], Any] | None = None
-    bounded: bool = True  # its bound is one
+    bounded: bool = True  # its bound is one, and of what it samples
 
 
 WIDE = ("process.width=256",)
@@ -191,8 +191,8 @@ ROWS = [
     Row("without: the schedule's end", (), TimesDividedTwice),
     Row("without: a head that is taught", tuple(REALS), HeadNotTaught, None, False),
     Row("without: embeddings held apart", tuple(REALS), EmbeddingsLeftFree, None, False),
-    Row("without: the start of a short run", (), BeginsInTheMiddle),
-    Row("without: the reversed chain's step", (), NoiseDrawnAnew),
+    Row("without: the start of a short run", (), BeginsInTheMiddle, None, False),
+    Row("without: the reversed chain's step", (), NoiseDrawnAnew, None, False),
     Row("without: the length of what is read", tuple(REALS), GaussianEmbedding, LengthTakenOff),
     Row("without: a linear schedule's scale", (f"process.times={LEVELS // 10}",), LinearNotRescaled),
     Row("without: a rate for each part", HOT),

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from textdiffusion.config import SHIPPED, SHIPPED_INSTEAD, new_run_path, newest_run, read_config, run_to_use
+from textdiffusion.config import SHIPPED, SHIPPED_INSTEAD, new_run_path, newest_run, override, read_config, run_to_use
 from textdiffusion.errors import UserError
 from textdiffusion.exchange.fetching import fetch, is_foreign
 from textdiffusion.exchange.published import read
 from textdiffusion.model import Model
 from textdiffusion.parallel.distributed import ALONE, Group
 from textdiffusion.presets import configure
-from textdiffusion.run import Run, fill
+from textdiffusion.run import Run, build, fill
 from textdiffusion.settings import Precision, check_device
 from textdiffusion.training.fit import Stopped, fit
 from textdiffusion.training.tracking import tracked
@@ -36,7 +37,11 @@ def pick_device(device: str) -> str:
 
 
 def load(
-    path: str | Path | None = None, device: str = "auto", precision: Precision = "auto", group: Group = ALONE
+    path: str | Path | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+    group: Group = ALONE,
+    settings: Sequence[str] = (),
 ) -> Model:
     """Load a run directory, or a model of the hub by USER/NAME; None takes the newest run under runs/, or warns that it
     takes the one that comes with the package where there is none (`textdiffusion.SHIPPED`).
@@ -47,10 +52,25 @@ def load(
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
         precision: what to sample in: "fp32", "bf16", or "auto" for what this machine multiplies faster.
         group: processes, with a copy of the model each, that share what is evaluated and written.
+        settings: of the sampling, in the place of those of the run: fields that the family's Config names
+            ``at_sampling``, as "process.delta=2".
     Raises:
-        UserError: there is no run, or it is damaged.
+        UserError: there is no run, or it is damaged; a setting that samples cannot change.
     """
-    device = pick_device(device)
+    model = _load(path, pick_device(device), precision, group)
+    if settings:
+        kind, run = type(model.process.config), model.config
+        known = [f"process.{name}" for name in getattr(kind, "at_sampling", ())]
+        if other := [s for s in settings if s.partition("=")[0] not in known]:
+            can = f"; what can: {', '.join(known)}" if known else ""
+            raise UserError(f"{other[0].partition('=')[0]} of a {run.family} run cannot be changed at sampling{can}")
+        model.config = override(run, list(settings))
+        model.process = build(model.config, model.process.network).on(model.process.grid)
+    return model
+
+
+def _load(path: str | Path | None, device: str, precision: Precision, group: Group) -> Model:
+    """As it was trained."""
     place = run_to_use() if path is None else fetch(path)
     if path is None and place == SHIPPED:
         warnings.warn(SHIPPED_INSTEAD, stacklevel=2)

@@ -232,7 +232,7 @@ def _sample(args: argparse.Namespace) -> int:
     from textdiffusion.parallel.distributed import joined
 
     with joined(pick_device(args.device)) as group:
-        return _write(args, load(path, args.device, args.precision, group))
+        return _write(args, load(path, args.device, args.precision, group, args.settings))
 
 
 def _write(args: argparse.Namespace, model: Model) -> int:

@@ -102,6 +102,8 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("--sampler", default="auto",
                    help="auto, the best measured, or a name from `textdiffusion families NAME`")  # fmt: skip
     grid_of(p)
+    p.add_argument("--set", action="append", default=[], metavar="process.KEY=VALUE", dest="settings",
+                   help="a field that a sampler goes by, as process.delta=2 for ddim; may be repeated")  # fmt: skip
     p.add_argument("--temperature", type=float, default=1.0)
     p.add_argument("--top-p", type=float, help="draw from the likeliest tokens that hold this share")
     p.add_argument("--top-k", type=int, help="draw from so many likeliest tokens")

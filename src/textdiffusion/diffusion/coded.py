@@ -22,9 +22,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -43,6 +42,7 @@ from textdiffusion.mathematics.gaussian import (
     learned_clock,
     posterior,
     prior_divergence,
+    time_of,
 )
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.process import Context, Gaussian, Network, Nll, Prediction, Process, Reshape, State
@@ -62,6 +62,8 @@ class CodedConfig:
     conditioning: Conditioning = "clean"  # or replacement: given tokens are made as noisy as the rest, which is biased
     churn: float = 0.5  # of the sampler churn: share of a step that it goes too far, and comes back by noise
     delta: float = 0.0  # of the sampler ddim: steps that the state is moved further than the network is told
+
+    at_sampling: ClassVar[tuple[str, ...]] = ("churn", "delta")  # may be set anew for each text
 
     def __post_init__(self) -> None:
         known = (*LOG_SNRS, "adaptive")
@@ -105,7 +107,7 @@ class Guess:
         return (context if self.own is None else context + self.own).log_softmax(-1)
 
     def mean(self, log_p: Tensor, codes: Tensor) -> Tensor:
-        """The predicted code [N W]."""
+        """The predicted code [N W]. One that the network says itself is of no law, so reshaping does not touch it."""
         return log_p.exp() @ codes.to(log_p) if self.reals is None else self.reals
 
 
@@ -388,15 +390,7 @@ class Coded(Process):
     def plan(self, free: Tensor, calls: int, sampler: str) -> Sequence[float]:
         # The first call of a network that reads what it said before is two.
         steps = max(1, calls - 1) if self.config.self_conditioning > 0 else calls
-        return self.grid.times(steps, self._time_of, -LOWEST)
-
-    def _time_of(self, share: np.ndarray) -> np.ndarray:
-        """Times at which sigma^2 is ``share``, by bisection."""
-        low, high = np.zeros_like(share), np.ones_like(share)
-        for _ in range(60):
-            less = torch.sigmoid(-self.log_snr(torch.from_numpy((low + high) / 2))).cpu().numpy() < share
-            low, high = np.where(less, (low + high) / 2, low), np.where(less, high, (low + high) / 2)
-        return low
+        return self.grid.times(steps, lambda share: time_of(share, self.log_snr), -LOWEST)
 
     def template(self, tokens: Tensor, given: Tensor, noise: Noise) -> State:
         prior = self.prior_sample(len(tokens), tokens.shape[1], noise)

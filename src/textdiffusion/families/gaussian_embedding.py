@@ -6,7 +6,9 @@ network     target = "tokens": logits of tokens; x_0 is the mean of the embeddin
             are x_0, eps, v or the flow's velocity, one conversion away from x_0 (gaussian.py), and a token's law is
             read off how near its embedding is to that (``SHARPNESS``).
 loss        Cross-entropy of p(v | z) at every noise level: it teaches the embeddings to stay apart, and the head that
-            decodes. For real targets their mean squared error is added.
+            decodes. For real targets their mean squared error, and cross-entropy only where noise is so low that a real
+            can be rounded to a token (from SHARPNESS on): above, the mean of several embeddings is near none of them,
+            and the two would pull at the prediction from two sides.
 bound       coded.py, whatever the target: the mean is what the move uses, the tokens' law what the last call draws.
 departs from the second system in: the noise ends in the prior, the head that decodes is trained, embeddings cannot
             collapse, fewer calls than training steps start at the right noise, the state's scale is kept. The noise
@@ -28,7 +30,8 @@ from textdiffusion.errors import UserError
 from textdiffusion.mathematics.gaussian import from_x_0, to_x_0
 from textdiffusion.process import Context, Network
 
-# Log-SNR, a real, at which a real prediction of x_0 is taken for a noisy view of the token's embedding.
+# Log-SNR, a real, at which a real prediction of x_0 is taken for a noisy view of the token's embedding; with less noise
+# than that it is taught to be one.
 SHARPNESS = 2.0
 
 
@@ -45,6 +48,16 @@ class GaussianEmbeddingConfig(CodedConfig):
             raise UserError(f"process.width must be from 2 to 65,536, not {self.width}")
         if self.target not in ("tokens", "x_0", "eps", "v", "flow"):
             raise UserError(f"process.target must be tokens, x_0, eps, v or flow, not {self.target!r}")
+        if self.target != "tokens" and self.schedule == "adaptive":
+            raise UserError(
+                f"process.target={self.target} says no law of tokens for process.schedule=adaptive to measure; add "
+                "--set process.schedule=cosine"
+            )
+        if self.target in ("eps", "v", "flow") and self.input == "belief":
+            raise UserError(
+                f"process.target={self.target} asks where within its noise a position is, which beliefs do not say; "
+                "add --set process.input=reals"
+            )
 
 
 @final
@@ -96,8 +109,9 @@ class GaussianEmbedding(Coded):
         nats = F.cross_entropy(guess.posterior(), x_0, reduction="none")
         if guess.reals is None:
             return nats
+        rounded = said.log_snr.squeeze(-1) >= SHARPNESS
         wanted = from_x_0(self.codes().to(said.z.dtype)[x_0], said.z, said.log_snr, self.config.target)
-        return nats + (said.outputs - wanted.detach()).square().mean(-1)
+        return nats * rounded + (said.outputs - wanted.detach()).square().mean(-1)
 
     def ideal(self, context: Context) -> Network:
         if self.config.target != "tokens":

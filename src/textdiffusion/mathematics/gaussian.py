@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -130,6 +131,21 @@ def learned_clock(costs: Tensor) -> LogSnr:
     piece = (torch.searchsorted(t, wanted, right=True) - 1).clamp(0, len(places) - 2)
     within = ((wanted - t[piece]) / (t[piece + 1] - t[piece])).clamp(0, 1)
     return table(places[piece] + within * places.diff()[piece], "adaptive")
+
+
+def time_of(share: np.ndarray, log_snr: Callable[[Tensor], Tensor]) -> np.ndarray:
+    """Times in (0, 1] at which sigma^2 has gone ``share`` of the way from what it is at t = 0, which for some is more
+    than nothing, to what it is at t = 1; by bisection."""
+
+    def noise(t: np.ndarray) -> np.ndarray:
+        return torch.sigmoid(-log_snr(torch.from_numpy(t))).cpu().numpy()
+
+    low, high = np.zeros_like(share), np.ones_like(share)
+    wanted = noise(low) + share * (noise(high) - noise(low))
+    for _ in range(60):
+        less = noise((low + high) / 2) < wanted
+        low, high = np.where(less, (low + high) / 2, low), np.where(less, high, (low + high) / 2)
+    return high
 
 
 def alpha_sigma(log_snr: Tensor) -> tuple[Tensor, Tensor]:

@@ -123,10 +123,10 @@ def sample(
     name = next(iter(process.steps)) if sampler is None else sampler
     if name not in process.steps:
         raise UserError(f"this family has no sampler {name!r}; it has: {', '.join(process.steps)}")
-    step = process.steps[name]
     network = Counted(process.network)
     reshape = partial(reshape_law if hold is None else reshape_uncut, temperature=temperature, top_p=top_p, top_k=top_k)
     process = process.over(network).by(name)
+    step = process.steps[name]
     if condition is None or (guidance is not None and guidance.weight == 0):
         guidance = None
     calls = calls if guidance is None else max(1, calls // 2)
