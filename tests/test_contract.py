@@ -283,6 +283,7 @@ def test_no_config_field_is_dead(name):
     needs = {"sigma_min": {"noise": "geometric"}, "sigma_max": {"noise": "geometric"}, "conditioning": {"given": 1.0}}
     if issubclass(cls, Coded):
         needs["conditioning"] |= {"self_conditioning": 0.0}
+        needs["target"] = {"input": "reals", "schedule": "cosine"}
     if name == "score_entropy":
         needs["given"] = {"graph": "uniform"}
     for f in dataclasses.fields(cls.Config):

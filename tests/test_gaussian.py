@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from textdiffusion.diffusion.coded import Said
 from textdiffusion.errors import UserError
 from textdiffusion.families.analog_bits import AnalogBits, AnalogBitsConfig, code_book
 from textdiffusion.mathematics.categorical import reshape_law
@@ -22,15 +23,18 @@ from textdiffusion.mathematics.gaussian import (
     table,
     to_x_0,
 )
+from textdiffusion.mathematics.grids import GRIDS, Grid
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.mathematics.worlds import Table, random_table
 from textdiffusion.presets import configure
 from textdiffusion.process import State
 from textdiffusion.run import build
+from textdiffusion.sampling.reverse import sample
 from textdiffusion.verification import Subject, parts, verify
 from textdiffusion.verification.reals import signal_call_bound, signal_law
 
 F64 = torch.float64
+TOLD = ("process.input=reals", "process.schedule=cosine")  # what real targets ask for
 LEARNED = {
     "table": table(torch.tensor([9.0, 3.0, 1.0, -8.0])),
     "learned": learned_clock(torch.tensor([0.0, 0.0, 0.5, 0.4, 3.0, 3.1])),
@@ -268,7 +272,7 @@ def test_plain_bits_end_in_codes_that_stand_for_tokens():
 
 @pytest.mark.parametrize("target", ["x_0", "eps", "v", "flow"])
 def test_every_target_learns_embeddings_and_head(target):
-    process = small_run("gaussian_embedding", f"process.target={target}")
+    process = small_run("gaussian_embedding", f"process.target={target}", *TOLD)
     x = torch.randint(0, 11, (8, 8))
     for _ in range(2):  # the head starts at zero, and with it the x_0 that codes are compared with
         process.loss(x, Noise.of(0, 8)).mean().backward()
@@ -279,6 +283,54 @@ def test_every_target_learns_embeddings_and_head(target):
         assert grad is not None and bool((grad != 0).any()), name
     with torch.no_grad():
         assert process.nll(x, Noise.of(0, 8)).total.isfinite().all()
+
+
+@pytest.mark.parametrize("target", ["x_0", "eps", "v", "flow"])
+def test_the_best_real_prediction_is_the_mean(target):
+    """Of a position that is one of two tokens, at more noise than a token can be rounded at: cross-entropy there would
+    draw the prediction towards the likelier one."""
+    process = small_run("gaussian_embedding", f"process.target={target}", *TOLD)
+    p, codes = torch.zeros(11, dtype=F64), process.codes().detach().double()
+    p[:2] = torch.tensor([0.8, 0.2])
+    level, z = torch.full((11, 1), -1.0, dtype=F64), torch.randn(process.width, dtype=F64).expand(11, -1)
+    said = from_x_0((p @ codes).expand(11, -1), z, level, target)[:1].clone().requires_grad_()
+
+    def cost(outputs):
+        call = Said(outputs.expand(11, -1), z, level, None)
+        return (p * process.cost(call, process.guess(call), torch.arange(11))).sum()
+
+    least = cost(said)
+    least.backward()
+    assert float(said.grad.abs().max()) < 1e-6 * float(least)
+
+
+def test_real_targets_say_what_they_need():
+    for settings, wanted in (
+        (["process.target=eps"], "process.schedule=cosine"),
+        (["process.target=x_0"], "process.schedule=cosine"),
+        (["process.target=v", "process.schedule=cosine"], "process.input=reals"),
+    ):
+        with pytest.raises(UserError, match=wanted):
+            small_run("gaussian_embedding", *settings)
+    small_run("gaussian_embedding", "process.target=x_0", "process.schedule=cosine")
+
+
+@pytest.mark.parametrize("grid", [g for g in GRIDS if g != "optimal"])
+@pytest.mark.parametrize("schedule", LOG_SNRS)
+def test_plans_fall_and_hold_as_many_calls_as_are_stated(schedule, grid):
+    """A schedule whose least noise is a hundredth has no times of less, on whatever grid; a plan that came to 0 early
+    would draw its tokens there, and the bound be that of a longer chain."""
+    process = small_run("gaussian_embedding", f"process.schedule={schedule}", "process.self_conditioning=0.0")
+    process = process.on(Grid(grid))
+    for calls in (1, 2, 8, 19, 64):
+        plan = process.plan(torch.ones(8, dtype=torch.bool), calls, "ancestral")
+        assert len(plan) == calls + 1 and plan[0] == 1 and plan[-1] == 0
+        assert all(a > b for a, b in itertools.pairwise(plan)), (calls, plan)
+    x = torch.randint(0, 11, (2, 8))
+    with torch.no_grad():
+        found = process.nll(x, Noise.of(0, 2), calls=19)
+        *_, last = sample(process, Noise.of(0, 2), 8, 19)
+    assert found.calls == 19 and last.calls.tolist() == [19, 19] and found.total.isfinite().all()
 
 
 def test_embeddings_keep_their_size():

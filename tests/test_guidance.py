@@ -146,7 +146,7 @@ def test_bits_and_real_targets_are_guided_each_as_what_it_is():
     bits = Subject(family("analog_bits"), AnalogBitsConfig(output="bits", self_conditioning=0.0)).silent(V)
     labelled, bare, weight = torch.tensor([[1.0]]), torch.tensor([[-1.0]]), torch.tensor([[2.0]])
     assert float(bits.guided(labelled, bare, weight, labelled, None)) == 5.0
-    config = family("gaussian_embedding").Config(target="v", width=2)
+    config = family("gaussian_embedding").Config(target="v", width=2, input="reals", schedule="cosine")
     reals = Subject(family("gaussian_embedding"), config).silent(V)
     assert float(reals.guided(labelled, bare, weight, labelled, None)) == 5.0
 

@@ -32,6 +32,7 @@ from textdiffusion.verification.subject import IMPROBABLE, Subject
 
 F64 = torch.float64
 PAIR, THREE = random_table(2, 2, seed=3), random_table(3, 1)
+TOLD = {"input": "reals", "schedule": "cosine"}  # what real targets ask for
 BITS, REALS = {"self_conditioning": 0.0, "output": "bits"}, {"self_conditioning": 0.0, "width": 2}
 # Two tokens of one real, or one token of two; what the network says, its outputs at zero where there is no posterior.
 CASES = {
@@ -41,7 +42,7 @@ CASES = {
     "independent bits": (lambda: spoken("analog_bits", AnalogBitsConfig(**BITS), PAIR), PAIR, "ab|ba"),
     "bits, one code is no token": (lambda: spoken("analog_bits", AnalogBitsConfig(**BITS), THREE), THREE, "b|c"),
     "velocity": (
-        lambda: spoken("gaussian_embedding", GaussianEmbeddingConfig(target="v", **REALS), THREE), THREE, "b|c"
+        lambda: spoken("gaussian_embedding", GaussianEmbeddingConfig(target="v", **TOLD, **REALS), THREE), THREE, "b|c"
     ),
 }  # fmt: skip
 ANY = list(CASES)
@@ -271,7 +272,7 @@ CONFIGS = [
     ("analog_bits", {"self_conditioning": 0.5}),
     ("analog_bits", {"self_conditioning": 0.5, "input": "reals", "schedule": "cosine"}),
     ("gaussian_embedding", {"self_conditioning": 0.0, "conditioning": "replacement"}),
-    ("gaussian_embedding", {"target": "x_0", "self_conditioning": 0.5}),
+    ("gaussian_embedding", {"target": "x_0", "schedule": "cosine", "self_conditioning": 0.5}),
     ("analog_bits", {"output": "bits", "book": "gray", "bits": 4, "evidence": False}),
 ]
 
