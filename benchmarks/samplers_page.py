@@ -40,7 +40,8 @@ text comes about in one way only, and `textdiffusion eval RUN --sampler margin -
 (DUEL, 2603.01367), at as many calls a window as writing it takes.
 
 Temperature, `--top-p` and `--top-k` act on what all *other* positions say of a token, where noise replaces tokens;
-what a family remembers of a call is what it predicted, before any of these.
+what a family remembers of a call is what it predicted, before any of these. Where a network says the mean of a code
+itself (plain bits, real targets), the mean of a move is of no law, and they act on the last call alone.
 
 ## Grids
 

@@ -14,6 +14,10 @@ import pytest
 import torch
 
 from textdiffusion.commands.cli import main
+from textdiffusion.mathematics.gaussian import LOG_SNRS
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.sampling.reverse import sample
+from textdiffusion.verification import Subject
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. "
@@ -97,6 +101,10 @@ def test_networks_and_gaps(continuous, group, text, tmp_path, monkeypatch):
     run(continuous, monkeypatch, *words, "--only", group)
     rows = [json.loads(line) for line in (tmp_path / "OUT/rows.jsonl").read_text().splitlines()]
     assert len(rows) == {"given": 2, "network": 3}[group]
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "OUT").glob("*/config.json")]
+    assert len(rows) == len(runs)  # a training each
+    if group == "given":
+        assert {run["process"].get("conditioning", "clean") for run in runs} == {"clean", "replacement"}
     for row in rows:
         assert 0 <= row["as_it_was"] <= 1 if group == "given" else row["tokens_a_second"] > 0 and row["kind"] == "upper"
 
@@ -132,6 +140,42 @@ def test_each_mend_taken_out_does_what_it_did_there(system, text, tmp_path, monk
     run(system, monkeypatch, *words)
     said = capsys.readouterr()
     assert said.err == "" and "| as published |" in said.out and "| without: a rate for each part |" in said.out
+
+
+def test_what_is_sampled_wrongly_is_sampled_so(system):
+    """Where the first moves of four calls begin and end, in log-SNR, and what is left there of the state."""
+
+    def first_move(fault):
+        config = fault.Config(width=4, schedule="cosine", times=1000, self_conditioning=0.0)
+        process, seen = Subject(fault, config).silent(5), []
+        for step in process.steps.values():
+
+            def watched(z, x_0, now, then, move=step.move):
+                seen.append((float(now[0]), float(then[0]), move(z, x_0, now, then)[0], z))
+                return move(z, x_0, now, then)
+
+            step.move = watched
+            break
+        list(sample(process, Noise.of(0, 1), 6, 4))
+        return seen[0]
+
+    right = system.GaussianEmbedding
+    now, then, mean, z = first_move(right)
+
+    def level(t):
+        return float(LOG_SNRS["cosine"].at(torch.tensor(t)))
+
+    assert now == pytest.approx(level(1.0)) and then == pytest.approx(level(0.75), abs=1e-4)
+    # The last four of a thousand levels: pure noise is taken for a text that is nearly clean.
+    now, then, mean, z = first_move(system.BeginsInTheMiddle)
+    assert now == pytest.approx(level(0.004)) and then == pytest.approx(level(0.003))
+    assert torch.corrcoef(torch.stack((mean.flatten(), z.flatten())))[0, 1] > 0.8
+    # A step of the reversed chain goes on from the state; here it does not.
+    x_0, z, now, then = torch.ones(2, 4), torch.randn(2, 4), torch.tensor([[-1.0]]), torch.tensor([[0.5]])
+    for fault, forgets in ((system.NoiseDrawnAnew, True), (right, False)):
+        process = Subject(fault, fault.Config(width=4, self_conditioning=0.0)).silent(5)
+        means = [process.steps["ancestral"].move(state, x_0, now, then)[0] for state in (z, 2 * z)]
+        assert torch.equal(*means) == forgets
 
 
 def test_a_root_of_less_than_nothing_is_no_number(system, text, tmp_path, monkeypatch):

@@ -38,6 +38,11 @@ def home(tmp_path_factory):
              settings=settings)  # fmt: skip
     td.train(home / "runs/blocks", family="block", data=str(home / "my.txt"), depth=1, steps=3, length=32,
              settings=settings[:1])  # fmt: skip
+    (home / "books").mkdir()
+    for label in ("war", "peace"):
+        (home / "books" / f"{label}.txt").write_text(f"It was a day of {label}, as days of {label} are. " * 60)
+    td.train(home / "runs/labelled-bits", family="analog_bits", data=str(home / "books"), label="file", depth=1,
+             steps=3, length=32, settings=settings[:1])  # fmt: skip
     for name, family in (("bits", "analog_bits"), ("vectors", "gaussian_embedding"), ("sparse", "sparse_distribution")):
         td.train(home / "runs" / name, family=family, data=str(home / "my.txt"), depth=1, steps=3, length=32,
                  settings=settings[:1])  # fmt: skip
@@ -64,8 +69,8 @@ def test_what_the_page_shows_runs(code, home, monkeypatch, capsys):
     elif code.startswith(("td.", "list(td.", "geometric(")):
         assert eval(code, NAMES) is not None
     else:
-        parts = ("--", ">", "wandb", "runs/", "checkpoints/", "training.", "metrics.jsonl", "examples/", "ddim")
-        assert code.startswith(parts), f"{code} is neither run nor part of what is"
+        parts = ("--", ">", "wandb", "runs/", "checkpoints/", "training.", "metrics.jsonl", "examples/", "torchrun")
+        assert code.startswith((*parts, "srun")), f"{code} is neither run nor part of what is"
 
 
 def test_the_page_is_a_page_of_code():

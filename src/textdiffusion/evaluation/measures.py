@@ -27,6 +27,7 @@ from textdiffusion.text.data import WORD
 
 BITS = 1 / math.log(2)
 ORDERS = (1, 2, 3, 4)  # of the runs of words whose repetition is counted
+TERMS = ("diffusion", "prior", "reconstruction")  # of process.Nll
 MOST_COPIES = 8  # of a window, made of one's own accord to measure the whole curve
 
 
@@ -39,6 +40,8 @@ class Figure:
     kind: Kind
     sampler: str
     calls: int | None  # of the sampler that the figure belongs to; None is the limit of many
+    # The terms of a bound that was drawn, which add up to it; none of what follows from a curve or an order.
+    parts: dict[str, float] | None = None
 
     def __str__(self) -> str:
         sign = {"exact": "", "upper": "<= ", "none": "~ "}[self.kind]
@@ -76,6 +79,7 @@ class _Sums:
     kind: Kind
     sampler: str
     calls: int | None
+    parts: np.ndarray | None = None  # nats of each of TERMS
 
 
 @torch.inference_mode()
@@ -126,6 +130,7 @@ def evaluate(
     longest, remembers = max(len(w) for w in windows), process.remembers  # what is remembered has no curve
     totals, spread = np.zeros(len(budgets) + len(followed)), np.zeros((len(budgets) + len(followed), len(windows)))
     kinds: list[tuple[Kind, str, int | None]] = []
+    terms = np.zeros((len(budgets) + len(followed), len(TERMS)))
     curve: list[float] = []
     for length in sorted({len(w) for w in windows}):
         chosen = np.array([i for i, w in enumerate(windows) if len(w) == length])
@@ -149,18 +154,24 @@ def evaluate(
         sums += [_by_order(process, x, marks, sizes[chosen], budget, ruled, size) for budget in followed]
         for j, part in enumerate(sums):
             totals[j] += part.nats
+            terms[j] += np.nan if part.parts is None else part.parts
             spread[j, chosen] = part.spread
         kinds = [(part.kind, part.sampler, part.calls) for part in sums]  # of the longest windows in the end
+    spelt = 0.0
     if spelling is not None:
         unsaid = np.array([spelling[w].sum() for w in windows])
-        totals += unsaid.sum()
+        spelt = float(unsaid.sum())
+        totals += spelt
         spread += unsaid - unsaid.mean() * sizes / sizes.mean()
     figures, influence = [], None
     if len(windows) > 1:
         influence = spread[: len(kinds)] * (len(windows) / (len(windows) - 1)) ** 0.5 / sizes.sum() * BITS
     for j, kind in enumerate(kinds):
         error = None if influence is None else float((influence[j] ** 2).sum()) ** 0.5
-        figures.append(Figure(float(totals[j] / sizes.sum() * BITS), error, *kind))
+        parts = dict(zip(TERMS, terms[j], strict=True)) | ({"spelling": spelt} if spelt else {})
+        parts = {name: float(nats / sizes.sum() * BITS) for name, nats in parts.items()}
+        drawn = kind[0] == "upper" and not np.isnan(terms[j]).any()
+        figures.append(Figure(float(totals[j] / sizes.sum() * BITS), error, *kind, parts if drawn else None))
     tokens = int(sum(len(w) for w in windows))
     return Report(figures[0], figures[1:], curve, len(windows), tokens, int(sizes.sum()), influence)
 
@@ -181,20 +192,21 @@ def _by_draws(
     for budget in budgets:
         if out and out[0].kind == "exact":
             break
-        nats, draw = np.zeros(len(x)), 0
+        terms, draw = np.zeros((len(TERMS), len(x))), 0
         while True:
             for begin, own in _turns(len(x), batch, group):
                 part = slice(begin, begin + batch)
                 model = process if labels is None else told(process, labels[part])
                 nll = model.nll(x[part], Noise(seed, np.arange(len(x))[part], len(x), draw, x.device), budget)
                 if own:
-                    nats[part] += nll.total.double().cpu().numpy()
+                    terms[:, part] += np.stack([getattr(nll, name).double().cpu().numpy() for name in TERMS])
             draw += 1
             if nll.kind == "exact" or draw == draws:
                 break
-        nats = group.total(nats) / draw
+        terms = group.total(terms) / draw
+        nats = terms.sum(0)
         spread = nats - nats.sum() / sizes.sum() * sizes
-        out.append(_Sums(float(nats.sum()), spread, nll.kind, nll.sampler, nll.calls))
+        out.append(_Sums(float(nats.sum()), spread, nll.kind, nll.sampler, nll.calls, terms.sum(-1)))
     return out
 
 

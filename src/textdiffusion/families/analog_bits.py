@@ -7,7 +7,7 @@ network     output = "softmax": logits of tokens; x_0 is the mean of the codes u
 loss        Cross-entropy of p(v | z), at every noise level; for bits, their mean squared error.
 bound       coded.py. The paper claims none for bits; that of a move needs only the mean that the move uses, and that of
             the last call a law of tokens, which is that of the codes that stand for one.
-sampling    diffusion/denoising.py. Bits end in the likeliest code that stands for a token; ``dead_share`` says how
+sampling    diffusion/denoising.py. Bits end in a draw among the codes that stand for tokens; ``dead_share`` says how
             much of the law was on codes that do not.
 departs from the paper in: cross-entropy, evidence, a clock in which what tokens cost is linear, beliefs as
             inputs, tokens drawn and not thresholded in the last call. Self-conditioning tosses a coin an example.
