@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from textdiffusion.evaluation.measures import BITS, evaluate, text_statistics, whole_words
+from textdiffusion.families import family
 from textdiffusion.families.autoregressive import Autoregressive
 from textdiffusion.families.masked import Masked, MaskedConfig
+from textdiffusion.mathematics.noise import Noise
 from textdiffusion.mathematics.worlds import random_table
 from textdiffusion.verification import Subject
 from textdiffusion.verification.enumeration import exact_curve
@@ -159,3 +161,17 @@ def test_unknown_symbols_are_charged_so_that_the_figure_stays_a_likelihood():
     total = sum(math.exp(-nats(c)) for c in "abc") + others * math.exp(-nats("語"))
     end = float(model(torch.zeros(1, 1)).softmax(-1)[0, 0, tokenizer.end_of_text])
     assert total + end == pytest.approx(1)
+
+
+def test_the_parts_of_a_drawn_bound_add_up_to_it():
+    process = Subject(family("analog_bits")).wrong(WORLD, 0)
+    windows, spelling = [WORLD.texts[k].numpy() for k in (3, 7, 20, 5)], np.array([0.0, 0.0, 0.5])
+    report = evaluate(process, windows, ONE, spelling, calls=[3])
+    x, noise = torch.from_numpy(np.stack(windows)), Noise(0, np.arange(4), 4, 0)
+    for figure, calls in zip((report.figure, report.by_calls[0]), (None, 3), strict=True):
+        nll = process.nll(x, noise, calls)
+        for name in ("diffusion", "prior", "reconstruction"):
+            assert figure.parts[name] == pytest.approx(float(getattr(nll, name).sum()) / x.numel() * BITS)
+        assert figure.parts["spelling"] == pytest.approx(0.5 * int((x == 2).sum()) / x.numel() * BITS)
+        assert sum(figure.parts.values()) == pytest.approx(figure.bits_per_char)
+    assert evaluate(Subject(Masked).ideal(WORLD), windows, ONE).figure.parts is None

@@ -106,6 +106,21 @@ def test_texts_have_their_label_and_guidance_gives_more_of_it(model):
     assert 0.2 < free < 0.8  # either file's, as without a label
 
 
+@pytest.mark.parametrize(
+    "name, body", [("analog_bits", "transformer"), ("analog_bits", "unet"), ("gaussian_embedding", "transformer")]
+)
+def test_reals_learn_labels_too(folder, tmp_path, name, body):
+    """In few steps: given the label, text costs less than with the other one."""
+    settings = [*SETTINGS, f"network.body={body}"]
+    model = td.train(
+        tmp_path / "run", family=name, data=str(folder), label="file", depth=1, steps=100, length=16, settings=settings
+    )
+    ids = torch.tensor([model.tokenizer.encode(text_of(LETTERS["early"], 16, 7 + i)) for i in range(4)])
+    costs = [rank(model.process, ids, model.tokenizer.characters, 16, label=k, draws=8) for k in (0, 1)]
+    right, wrong = (sum(figure.bits_per_char for _, figure in found) / len(found) for found in costs)
+    assert right < wrong - 0.1
+
+
 def test_an_edit_towards_the_other_label_changes_the_letters(model):
     old = "abcd dcba abba c"
     assert model.edit(old, 0.0, label="late") == [old]

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 import textdiffusion as td
+from textdiffusion.commands.cli import main
 from textdiffusion.display.frames import BLANK, TextFrame
 from textdiffusion.display.watching import painted, watch
 from textdiffusion.families.uniform import Uniform, UniformConfig
@@ -152,6 +153,27 @@ def test_unasked_samples_are_made_in_the_precision_that_was_measured(folder, mon
     # What must not depend on the batch is in float32, whatever is faster.
     monkeypatch.setattr("textdiffusion.model.fastest_precision", lambda on: pytest.fail("measured for nothing"))
     assert td.load(folder / "masked", device="cpu").sample(n=1, calls=2, reproducible=True)
+
+
+def test_what_samplers_go_by_can_be_set_when_sampling(folder, capsys):
+    run = folder / "moved"
+    td.train(run, family="analog_bits", depth=1, steps=5, length=16, settings=SETTINGS)
+    how = {"n": 2, "calls": 6, "sampler": "ddim", "seed": 1}
+    plain, same, moved = (
+        td.load(run, settings=settings).sample(**how) for settings in ((), ["process.delta=0"], ["process.delta=3"])
+    )
+    assert plain == same != moved
+    assert td.load(run, settings=["process.delta=3"]).process.grid == td.load(run).process.grid
+    words = ["sample", str(run), "-n", "2", "--calls", "6", "--sampler", "ddim", "--seed", "1", "--json"]
+    capsys.readouterr()
+    assert main([*words, "--set", "process.delta=3"]) == 0
+    assert [s["text"] for s in json.loads(capsys.readouterr().out)["samples"]] == moved
+    for setting, line in (
+        ("process.book=gray", "what can: process.churn, process.delta"),
+        ("process.delta=-1", "process.delta must be from 0"),
+        ("network.depth=2", "network.depth of a run of analog_bits cannot be changed"),
+    ):
+        assert main([*words, "--set", setting]) == 2 and line in capsys.readouterr().err
 
 
 def test_infilling(masked, pieces):
@@ -402,7 +424,6 @@ def test_devices():
 
 def test_the_demo(tmp_path, monkeypatch, capsys):
     """What `make demo` runs, with a second to learn in."""
-    from textdiffusion.commands.cli import main
 
     monkeypatch.chdir(tmp_path)
     assert main(["demo", "--minutes", "0.03"]) == 0

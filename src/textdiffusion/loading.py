@@ -63,7 +63,7 @@ def load(
         known = [f"process.{name}" for name in getattr(kind, "at_sampling", ())]
         if other := [s for s in settings if s.partition("=")[0] not in known]:
             can = f"; what can: {', '.join(known)}" if known else ""
-            raise UserError(f"{other[0].partition('=')[0]} of a {run.family} run cannot be changed at sampling{can}")
+            raise UserError(f"{other[0].partition('=')[0]} of a run of {run.family} cannot be changed at sampling{can}")
         model.config = override(run, list(settings))
         model.process = build(model.config, model.process.network).on(model.process.grid)
     return model
