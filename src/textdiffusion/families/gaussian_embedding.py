@@ -4,7 +4,7 @@ q           coded.py: z = alpha e_v + sigma eps; the embeddings e_v are learnt, 
             cannot grow away from the noise.
 network     target = "tokens": logits of tokens; x_0 is the mean of the embeddings under their law. Else W reals that
             are x_0, eps, v or the flow's velocity, one conversion away from x_0 (gaussian.py), and a token's law is
-            read off how near its embedding is to that (``SHARPNESS``).
+            read off how near its embedding is to that (``SHARPNESS``), and with little noise x_0 is their mean.
 loss        Cross-entropy of p(v | z) at every noise level: it teaches the embeddings to stay apart, and the head that
             decodes. For real targets their mean squared error, and cross-entropy only where noise is so low that a real
             can be rounded to a token (from SHARPNESS on): above, the mean of several embeddings is near none of them,
@@ -17,6 +17,7 @@ departs from the second system in: the noise ends in the prior, the head that de
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
@@ -96,8 +97,12 @@ class GaussianEmbedding(Coded):
         # A target far off at one end of the noise would throw x_0 far out; the embeddings' mean cannot be longer than
         # they are.
         reals = reals * (reals.square().mean(-1, keepdim=True).clamp(min=1.0) ** -0.5)
-        sharpness = torch.full_like(said.log_snr, SHARPNESS).exp()
-        return Guess(sharpness * (reals @ self.codes().to(reals.dtype).T), None, reals)
+        codes = self.codes().to(reals.dtype)
+        context = math.exp(SHARPNESS) * (reals @ codes.T)
+        # Rounded where that is taught (the clamping of 2205.14217, softly): else any slip would cost its square times the
+        # SNR, however certain the token.
+        rounded = said.log_snr >= SHARPNESS
+        return Guess(context, None, torch.where(rounded, context.softmax(-1) @ codes, reals))
 
     def guided(self, labelled: Tensor, bare: Tensor, weight: Tensor, x: Tensor, t: Tensor | None) -> Tensor:
         """Logits of tokens (guidance.py); or real targets, further from the unlabelled ones, as 2207.12598 has it."""
