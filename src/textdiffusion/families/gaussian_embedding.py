@@ -99,8 +99,8 @@ class GaussianEmbedding(Coded):
         reals = reals * (reals.square().mean(-1, keepdim=True).clamp(min=1.0) ** -0.5)
         codes = self.codes().to(reals.dtype)
         context = math.exp(SHARPNESS) * (reals @ codes.T)
-        # Rounded where that is taught (the clamping of 2205.14217, softly): else any slip would cost its square times the
-        # SNR, however certain the token.
+        # Rounded where that is taught (the clamping of 2205.14217, softly): else any slip would cost its square times
+        # the SNR, however certain the token.
         rounded = said.log_snr >= SHARPNESS
         return Guess(context, None, torch.where(rounded, context.softmax(-1) @ codes, reals))
 
