@@ -251,7 +251,8 @@ def measure(row: Row, ready: Prepared, options: argparse.Namespace) -> dict[str,
             losses.append(now.loss)
             if now.step % 100 == 0:
                 left, nats = now.seconds * (1 / now.progress - 1) / 60, np.mean(losses[-100:])
-                print(f"  step {now.step}: {nats:.3f} nats a token, {left:.0f} minutes left", file=sys.stderr, flush=True)
+                said = f"  step {now.step}: {nats:.3f} nats a token, {left:.0f} minutes left"
+                print(said, file=sys.stderr, flush=True)
     except UserError:
         stopped = f"no number, step {learner.step + 1}"
     view = process.over(averaged if row.reads is None else row.reads(averaged))
