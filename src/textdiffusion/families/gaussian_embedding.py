@@ -49,16 +49,13 @@ class GaussianEmbeddingConfig(CodedConfig):
             raise UserError(f"process.width must be from 2 to 65,536, not {self.width}")
         if self.target not in ("tokens", "x_0", "eps", "v", "flow"):
             raise UserError(f"process.target must be tokens, x_0, eps, v or flow, not {self.target!r}")
-        if self.target != "tokens" and self.schedule == "adaptive":
-            raise UserError(
-                f"process.target={self.target} says no law of tokens for process.schedule=adaptive to measure; add "
-                "--set process.schedule=cosine"
-            )
+        # The learned clock goes by the law of tokens; and beliefs do not say where within its noise a position is.
+        needs = {"schedule": "cosine"} if self.target != "tokens" and self.schedule == "adaptive" else {}
         if self.target in ("eps", "v", "flow") and self.input == "belief":
-            raise UserError(
-                f"process.target={self.target} asks where within its noise a position is, which beliefs do not say; "
-                "add --set process.input=reals"
-            )
+            needs["input"] = "reals"
+        if needs:
+            more = " ".join(f"--set process.{name}={value}" for name, value in needs.items())
+            raise UserError(f"process.target={self.target} does not go with this; add {more}")
 
 
 @final
