@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from textdiffusion import families
 from textdiffusion.families import family, names
@@ -39,10 +39,15 @@ def describe(name: str) -> dict[str, Any]:
     # With the fields that families of one kind share.
     kinds = [kind for kind in cls.Config.__mro__ if dataclasses.is_dataclass(kind)]
     source = [line for kind in kinds for line in inspect.getsource(kind).splitlines()]
-    fields = {}
+    fields, hints = {}, get_type_hints(cls.Config)
     for f in dataclasses.fields(cls.Config):
         line = next(line for line in source if line.strip().startswith(f"{f.name}:"))
-        fields[f"process.{f.name} = {f.default}"] = line.partition("#")[2].strip()
+        note = line.partition("#")[2].strip()
+        if get_origin(hints[f.name]) is Literal:
+            note += f"; one of {', '.join(map(str, get_args(hints[f.name])))}"
+        if f.name in getattr(cls.Config, "at_sampling", ()):
+            note += "; `sample --set` changes it too"
+        fields[f"process.{f.name} = {f.default}"] = note
     return {
         "name": name,
         "summary": cls.summary,

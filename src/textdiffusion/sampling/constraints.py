@@ -131,8 +131,10 @@ def refusal(automaton: Automaton, flags: str, tokens: Tensor, given: Tensor, lon
     lengths = [prompt + n for n in automaton.lengths(max(longest - prompt, 0), state)]
     after = " with this beginning" if prompt else ""
     if not lengths:
+        listed = "; is all that it must contain among the words of --words?" if "--words" in flags else ""
         return (
             f"no text of up to {longest} tokens{after} satisfies {flags} with this run's tokenizer; change the pattern"
+            + listed
         )
     named = ", ".join(_runs(lengths, length))
     return f"no text of {length} tokens{after} satisfies {flags}; there are some of {named} tokens: ask with --length"
