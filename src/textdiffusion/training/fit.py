@@ -38,6 +38,7 @@ from textdiffusion.training.learning import Learner, train
 from textdiffusion.training.preparation import prepare, to_learn
 
 VALIDATION_SHARE = 0.04  # of the training's time
+STEPS_A_VALIDATION = 10  # that one takes as long as, about, until one has been made
 SHOWN_EVERY = 2  # validations between two printed samples
 
 
@@ -290,7 +291,7 @@ def _train(
         if group.main:
             card.write_card(run, best, learner.step, learner.seconds, corpus)
 
-    finished, spent = learner.progress >= 1, 0.0
+    finished, spent, dearest = learner.progress >= 1, 0.0, 0.0
     saved, begin, begin_step = time.monotonic(), time.perf_counter(), learner.step
     with Signals(group) as signals:
         for now in train(process, text.windows.rows, learner, device, getattr(text.windows, "labels", None)):
@@ -303,15 +304,21 @@ def _train(
                 left = (config.training.steps - now.step) * elapsed / made
             else:
                 left = 60 * (config.training.minutes or 0.0) - now.seconds
-            yield Stepped(now.step, now.progress, smooth, made * now.tokens / elapsed, now.seconds, max(left, 0.0))
+            yield Stepped(
+                now.step, now.progress, smooth, made * now.tokens / (elapsed - spent), now.seconds, max(left, 0.0)
+            )
             due = math.floor(now.progress * config.training.evaluations)
             # By the clock, validation may take its share of the time and no more; by steps, it must not depend on time.
-            afford = config.training.steps is not None or spent <= VALIDATION_SHARE * now.seconds
+            # The first is taken to cost as much as some steps.
+            dear, pace = max(dearest, STEPS_A_VALIDATION * (elapsed - spent) / made), VALIDATION_SHARE * now.seconds
+            whole = VALIDATION_SHARE * 60 * (config.training.minutes or math.inf)
+            afford = config.training.steps is not None or (spent <= pace and spent + dear <= whole)
             late = time.monotonic() - saved >= config.training.checkpoint_seconds
             afford, late = map(bool, group.decided(afford, late))
             if validations < due < config.training.evaluations and afford:
                 validations, since = due, time.perf_counter()
                 event = validate(due % SHOWN_EVERY == 0)
+                dearest = max(dearest, time.perf_counter() - since)
                 spent += time.perf_counter() - since
                 yield event
             received = signals.agreed()
