@@ -64,8 +64,10 @@ def load(
         if other := [s for s in settings if s.partition("=")[0] not in known]:
             can = f"; what can: {', '.join(known)}" if known else ""
             raise UserError(f"{other[0].partition('=')[0]} of a run of {run.family} cannot be changed at sampling{can}")
+        network, grid = model.process.network, model.process.grid
+        assert isinstance(network, torch.nn.Module)
         model.config = override(run, list(settings))
-        model.process = build(model.config, model.process.network).on(model.process.grid)
+        model.process = build(model.config, network).on(grid)
     return model
 
 
