@@ -134,14 +134,16 @@ def learned_clock(costs: Tensor) -> LogSnr:
 
 
 def time_of(share: np.ndarray, log_snr: Callable[[Tensor], Tensor]) -> np.ndarray:
-    """Times in (0, 1] at which sigma^2 has gone ``share`` of the way from what it is at t = 0, which for some is more
-    than nothing, to what it is at t = 1; by bisection."""
+    """Times in (0, 1] at which sigma^2 is ``share``, by bisection. Some schedules begin with noise and none ends in it
+    quite: shares that they do not come to, and those next to them, share what is next to their ends."""
 
     def noise(t: np.ndarray) -> np.ndarray:
         return torch.sigmoid(-log_snr(torch.from_numpy(t))).cpu().numpy()
 
     low, high = np.zeros_like(share), np.ones_like(share)
-    wanted = noise(low) + share * (noise(high) - noise(low))
+    least, most = noise(low), noise(high)
+    wanted = np.where(share < 2 * least, least + share / 2, share)
+    wanted = np.where(1 - share < 2 * (1 - most), most - (1 - share) / 2, wanted)
     for _ in range(60):
         less = noise((low + high) / 2) < wanted
         low, high = np.where(less, (low + high) / 2, low), np.where(less, high, (low + high) / 2)
