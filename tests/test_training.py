@@ -21,6 +21,7 @@ from textdiffusion.networks.transformer import Transformer, TransformerConfig
 from textdiffusion.presets import configure
 from textdiffusion.text.preparing import prepare_corpus
 from textdiffusion.text.shards import open_prepared
+from textdiffusion.training import fit as fit_module
 from textdiffusion.training.learning import (
     PATIENCE,
     Learner,
@@ -335,3 +336,13 @@ def test_of_a_mixture_the_part_that_is_read_oftenest_counts(tmp_path):
     length = len(open_prepared(tmp_path / "small").parts["train"].tokens)
     assert _passes(config, corpus, tokenizer, "cpu") == pytest.approx(0.25 * 10 * 32 * 8 / length)
     assert full.network["ngrams"] == 0  # of the large one alone it is less than a pass
+
+
+def test_a_short_training_makes_no_validation_that_it_cannot_afford(tmp_path, monkeypatch):
+    """By the clock: how many are made before the last, if one is taken to cost next to nothing, and very much."""
+    settings = ["training.batch=2", "network.width=16", "network.heads=1"]
+    for steps, some in ((0, True), (10**9, False)):
+        monkeypatch.setattr(fit_module, "STEPS_A_VALIDATION", steps)
+        config = configure(depth=1, length=8, minutes=0.1, settings=settings)
+        made = [event for event in fit_module.fit(config, tmp_path / str(steps)) if type(event).__name__ == "Validated"]
+        assert made and (len(made) > 1) == some
