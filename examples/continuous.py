@@ -40,7 +40,10 @@ EMBEDDING, BITS = "gaussian_embedding", "analog_bits"
 ROWS = [
     *(("schedule", s, EMBEDDING, [f"process.schedule={s}"]) for s in ("adaptive", "cosine", "linear", "rectified")),
     ("schedule", "sqrt", EMBEDDING, ["process.schedule=sqrt"]),
-    *(("times", str(n), EMBEDDING, ["process.schedule=cosine", f"process.times={n}"]) for n in (100, 500, 1000)),
+    # Without self-conditioning, with which the bound of a chain takes as many passes over the text as it has moves.
+    *(("times", str(n or "all"), EMBEDDING,
+       ["process.schedule=cosine", "process.self_conditioning=0.0", f"process.times={n}"])
+      for n in (100, 500, 1000, 0)),
     *(("depth", str(n), EMBEDDING, [f"network.depth={n}"]) for n in (4, 8, 12, 16)),
     # Reals for all, since beliefs do not say where within its noise a position is; and no learned clock, which goes by
     # the law of tokens.
@@ -91,11 +94,16 @@ def run_of(out: Path, family: str, settings: list[str], options: argparse.Namesp
 def row(out: Path, family: str, settings: list[str], options: argparse.Namespace) -> dict[str, object]:
     """Figures of a run."""
     run = run_of(out, family, settings, options)
-    said = verb("eval", str(run), "--samples", str(options.samples), "--eval-tokens", str(options.eval_tokens))
+    # Trained at so many noise levels: the bound is of their chain.
+    levels = fields(family, settings).get("process.times")
+    asked = ["--calls", str(levels)] if levels else []
+    said = verb("eval", str(run), "--samples", str(options.samples), "--eval-tokens", str(options.eval_tokens), *asked)
+    said |= said["by_calls"][0] if levels else {}
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last, training = json.loads(lines[-1]), td.load(run).config.training
     return {
-        "kind": said["kind"], "bits_per_char": said["bits_per_char"], "standard_error": said["standard_error"],
+        "kind": said["kind"], "calls": said["calls"],
+        "bits_per_char": said["bits_per_char"], "standard_error": said["standard_error"],
         "valid_words": said["samples"]["valid_words"], "steps": last["step"], "seconds": last["seconds"],
         "tokens_a_second": last["step"] * training.batch * options.length / last["seconds"],
     }  # fmt: skip
@@ -166,7 +174,7 @@ def jobs(out: Path, options: argparse.Namespace):
                 ),
             )
     for share in (0.0, 0.5):
-        for delta in DELTAS:
+        for delta in options.deltas:
             settings = [f"process.self_conditioning={share}"]
             yield (
                 "delta",
@@ -225,11 +233,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--eval-tokens", type=int, default=160_000)
     parser.add_argument("--delta-calls", type=int, default=2000, help="sampling steps of the group delta")
+    parser.add_argument("--deltas", type=int, nargs="+", default=DELTAS, help="of the group delta")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="PART.KEY=VALUE", help="of all")
     parser.add_argument("--only", action="append", choices=GROUPS, help="a group; may be given again")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = Rows(options.out / "rows.jsonl", vars(options))
+    rows = Rows(options.out / "rows.jsonl", vars(options), in_keys=("deltas",))
     for group, name, measure in jobs(options.out, options):
         if options.only and group not in options.only:
             continue

@@ -60,12 +60,12 @@ def run(module, monkeypatch, *words) -> None:
 
 def test_what_was_asked_for_is_in_the_list(tmp_path):
     module = example("continuous")
-    options = type("Options", (), {"delta_calls": 2000})
+    options = type("Options", (), {"delta_calls": 2000, "deltas": module.DELTAS})
     every = [(group, name) for group, name, _ in module.jobs(tmp_path, options)]
     assert len(set(every)) == len(every)
     groups = {group: [name for g, name in every if g == group] for group, _ in every}
     assert groups["schedule"] == ["adaptive", "cosine", "linear", "rectified", "sqrt"]
-    assert groups["times"] == ["100", "500", "1000"] and groups["depth"] == ["4", "8", "12", "16"]
+    assert groups["times"] == ["100", "500", "1000", "all"] and groups["depth"] == ["4", "8", "12", "16"]
     assert groups["target"] == ["tokens", "x_0", "eps", "v", "flow"]
     assert {"without the evidence", "cosine for the learned clock", "without self-conditioning"} <= {*groups["parts"]}
     for sampler in ("ancestral", "ddim", "dpm", "churn"):
@@ -77,14 +77,13 @@ def test_what_was_asked_for_is_in_the_list(tmp_path):
 
 def test_deltas_are_measured_drawn_and_not_measured_twice(continuous, text, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(continuous, "DELTAS", (0, 3, 5, 10))
     words = [tmp_path / "OUT", "--data", text, "--steps", 2, "--length", 12, "--samples", 2, "--eval-tokens", 60,
-             "--delta-calls", 12, "--only", "delta"]  # fmt: skip
+             "--delta-calls", 12, "--only", "delta", "--deltas", 0, 3, 5, 10]  # fmt: skip
     run(continuous, monkeypatch, *words)
     rows = [json.loads(line) for line in (tmp_path / "OUT/rows.jsonl").read_text().splitlines()]
     assert [row["name"] for row in rows[:3]] == [f"self-conditioning 0.0, {n}" for n in (0, 3, 5)]
-    assert len(rows) == 2 * len(continuous.DELTAS) and len(list((tmp_path / "OUT").glob("*/config.json"))) == 2
-    assert len({row["entropy"] for row in rows[: len(continuous.DELTAS)]}) > 2  # other deltas, other texts
+    assert len(rows) == 2 * 4 and len(list((tmp_path / "OUT").glob("*/config.json"))) == 2
+    assert len({row["entropy"] for row in rows[:4]}) > 2  # other deltas, other texts
     assert (tmp_path / "OUT/delta.svg").read_text().startswith("<?xml")
     assert "self-conditioning 0.5, 10" in (tmp_path / "OUT/table.md").read_text()
     # Stopped and started: the last row is made again, to the same figures, and no other.
@@ -93,6 +92,17 @@ def test_deltas_are_measured_drawn_and_not_measured_twice(continuous, text, tmp_
     run(continuous, monkeypatch, *words)
     assert capsys.readouterr().err.splitlines() == [f"delta, {rows[-1]['name']}"]
     assert [json.loads(line) for line in (tmp_path / "OUT/rows.jsonl").read_text().splitlines()] == rows
+
+
+def test_a_run_trained_at_levels_is_bounded_as_their_chain(continuous, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(continuous, "ROWS", [
+        ("times", n, "gaussian_embedding", ["process.schedule=cosine", "process.self_conditioning=0.0",
+                                            f"process.times={n}"]) for n in ("7", "0")
+    ])  # fmt: skip
+    words = [tmp_path / "OUT", "--data", text, "--steps", 2, "--length", 12, "--samples", 2, "--eval-tokens", 60]
+    run(continuous, monkeypatch, *words, "--only", "times")
+    levels, every = (json.loads(line) for line in (tmp_path / "OUT/rows.jsonl").read_text().splitlines())
+    assert levels["calls"] == 7 and every["calls"] is None
 
 
 @pytest.mark.parametrize("group", ["given", pytest.param("network", marks=pytest.mark.slow)])
