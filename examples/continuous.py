@@ -104,7 +104,8 @@ def row(out: Path, family: str, settings: list[str], options: argparse.Namespace
     return {
         "kind": said["kind"], "calls": said["calls"],
         "bits_per_char": said["bits_per_char"], "standard_error": said["standard_error"],
-        "valid_words": said["samples"]["valid_words"], "steps": last["step"], "seconds": last["seconds"],
+        "valid_words": said["samples"]["valid_words"], "steps": last["step"],
+        "dead_codes": said.get("dead_codes"), "seconds": last["seconds"],
         "tokens_a_second": last["step"] * training.batch * options.length / last["seconds"],
     }  # fmt: skip
 

@@ -2,11 +2,13 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
 from textdiffusion.diffusion.coded import Said
 from textdiffusion.errors import UserError
+from textdiffusion.evaluation.dead_codes import dead_codes
 from textdiffusion.families.analog_bits import AnalogBits, AnalogBitsConfig, code_book
 from textdiffusion.mathematics.categorical import reshape_law
 from textdiffusion.mathematics.gaussian import (
@@ -268,6 +270,27 @@ def test_plain_bits_end_in_codes_that_stand_for_tokens():
     assert torch.allclose(chance.sum(-1), torch.ones(32))
     assert torch.allclose(law.log_p.exp(), chance[:, :11] / chance[:, :11].sum(-1, keepdim=True), atol=1e-5)
     assert torch.allclose(process.dead_share(said), chance[:, 11:].sum(-1), atol=1e-5)
+    softmax = small_run("analog_bits")
+    with torch.no_grad():
+        assert softmax.dead_share(softmax.predict(state, every)) is None
+
+
+def test_dead_codes_are_those_that_the_last_call_finds():
+    """A network that says of every bit that it is a coin's toss: 5 of 16 codes stand for nothing."""
+    process = small_run("analog_bits", "process.output=bits", "process.evidence=false", "process.self_conditioning=0.0")
+    windows = [np.arange(8) % 11, np.arange(8)[::-1].copy(), np.arange(3)]
+    assert abs(dead_codes(process, windows, 4) - 5 / 16) < 1e-6  # its head starts at zero
+    seen = []
+    found = process.predict
+    process.predict = lambda state, positions: seen.append(state) or found(state, positions)
+    dead_codes(process, windows, 4)
+    assert seen[0].x.shape[:2] == (2, 8) and seen[0].t.unique().tolist() == [process.plan(torch.ones(8) > 0, 4, "")[-2]]
+    # Of so little noise the bits themselves say which they are.
+    knows = small_run("analog_bits", "process.output=bits", "process.self_conditioning=0.0")
+    assert dead_codes(knows, windows, 1000) < 0.01
+    assert (
+        dead_codes(small_run("analog_bits"), windows, 4) is None and dead_codes(small_run("masked"), windows, 4) is None
+    )
 
 
 @pytest.mark.parametrize("target", ["x_0", "eps", "v", "flow"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from textdiffusion.errors import UserError
+from textdiffusion.evaluation.dead_codes import dead_codes
 from textdiffusion.evaluation.measures import Figure, Report, TextStatistics, evaluate, text_statistics
 from textdiffusion.loading import load
 from textdiffusion.model import Model
@@ -40,11 +41,14 @@ class RunReport:
     seconds: float  # that writing all samples took
     grid: str = "time"  # of the figures at so many calls
     used: tuple[str, str] = ("", "")  # sampler and grid of the samples
+    dead_codes: float | None = None  # share of the last call's law on codes of no token, where that can be
     kept: bool = False  # the optimal grid has been measured, and is now in the run
 
     def as_dict(self) -> dict[str, Any]:
         body = {"run": self.run, "text": self.text} | self.likelihood.as_dict() | {"unseen": self.unseen}
         body |= {"grid": self.grid, "pieces": self.pieces}
+        if self.dead_codes is not None:
+            body |= {"dead_codes": self.dead_codes}
         if self.unlabelled is not None:
             body |= {"unlabelled": vars(self.unlabelled)}
         if self.samples is None:
@@ -70,6 +74,10 @@ class RunReport:
             out.append(f"  that is given the label of each window; without it  {self.unlabelled}")
         for figure in like.by_calls:
             out.append(f"  at {figure.calls:>4} calls  {figure}   (sampler: {figure.sampler}, grid: {self.grid})")
+        if self.dead_codes is not None:
+            out.append(
+                f"dead codes      {self.dead_codes:.2%} of the last call's law is on codes that stand for no token"
+            )
         if self.kept:
             out.append("grid            measured, and kept in the run: it is on the optimal grid from now on")
         if head.kind == "none":
@@ -188,7 +196,8 @@ def report(
     pieces = model.tokenizer.kind not in ("char", "byte")
     return RunReport(
         model.config.family, name, likelihood, unlabelled, unseen, pieces, statistics, made, spent,
-        model.grid(grid).name, used, bool(measured),
+        model.grid(grid).name, used, dead_codes(process, windows, made or model.window, seed=seed, device=model.device),
+        bool(measured),
     )  # fmt: skip
 
 

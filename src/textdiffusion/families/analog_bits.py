@@ -7,8 +7,8 @@ network     output = "softmax": logits of tokens; x_0 is the mean of the codes u
 loss        Cross-entropy of p(v | z), at every noise level; for bits, their mean squared error.
 bound       coded.py. The paper claims none for bits; that of a move needs only the mean that the move uses, and that of
             the last call a law of tokens, which is that of the codes that stand for one.
-sampling    diffusion/denoising.py. Bits end in a draw among the codes that stand for tokens; ``dead_share`` says how
-            much of the law was on codes that do not.
+sampling    diffusion/denoising.py. Bits end in a draw among the codes that stand for tokens; how much of the law was
+            on codes that do not is a line of `eval` (evaluation/dead_codes.py).
 departs from the paper in: cross-entropy, evidence, a clock in which what tokens cost is linear, beliefs as
             inputs, tokens drawn and not thresholded in the last call. Self-conditioning tosses a coin an example.
 """
@@ -120,15 +120,11 @@ class AnalogBits(Coded):
             return F.cross_entropy(guess.posterior(), x_0, reduction="none")
         return (guess.reals - self.book.to(guess.reals)[x_0]).square().mean(-1)
 
-    def dead_share(self, prediction: Prediction) -> Tensor:
-        """How likely a call thinks codes that stand for no token, [N]; of output = "bits".
-
-        Raises:
-            UserError: for softmax, which gives them no chance.
-        """
+    def dead_share(self, prediction: Prediction) -> Tensor | None:
+        """How likely a call thinks codes that stand for no token, [N]; None for softmax, which gives them no chance."""
         reals = prediction.native.reals
         if reals is None:
-            raise UserError("codes that stand for no token have no chance with process.output=softmax")
+            return None
         chance = (1 + self.book.to(reals) * reals.unsqueeze(1)) / 2
         return 1 - chance.prod(-1).sum(-1)
 
