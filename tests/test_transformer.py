@@ -5,6 +5,7 @@ from textdiffusion.errors import UserError
 from textdiffusion.networks.attention import rotate
 from textdiffusion.networks.convolution import Convolution
 from textdiffusion.networks.ngrams import ROWS, Ngrams
+from textdiffusion.networks.preceding import preceding
 from textdiffusion.networks.transformer import Transformer, TransformerConfig
 
 VARIANTS = [
@@ -248,9 +249,9 @@ def test_blocks_past_the_window_are_read_from_the_cache_exactly(fields, size):
 def test_ngrams_tell_what_stands_before():
     """Two places have the same embedding exactly where their last symbols are the same; tables hardly collide."""
     torch.manual_seed(0)
-    ngrams = Ngrams(3, 16, 1)
+    ngrams = Ngrams(3, 16)
     x = torch.tensor([[1, 2, 3, 9, 1, 2, 3, 2, 3]])
-    e = ngrams(x, ngrams.before(x, False), torch.float32)[0]
+    e = ngrams(x, preceding(x, 2), torch.float32)[0]
     assert torch.equal(e[2], e[6]) and not torch.allclose(e[2], e[8]) and not torch.allclose(e[0], e[4])
     # Of 10,000 pairs about as many rows are used as if they were thrown at random.
     pairs = torch.cartesian_prod(torch.arange(100), torch.arange(100)).unsqueeze(1)

@@ -30,7 +30,12 @@ def make(family: str, body: str = "transformer") -> Process:
     network = {"depth": 2, "width": 32, "heads": 2, "window": L, "dropout": 0.0}
     if family in ("autoregressive", "block"):
         network["ngrams"] = 3
-    return build(RunConfig(family=family, network=network | {"body": body}, vocabulary=V, start=V - 1))
+    if family == "autoregressive":
+        network["counts"] = 3
+    process = build(RunConfig(family=family, network=network | {"body": body}, vocabulary=V, start=V - 1))
+    if family == "autoregressive":
+        process.network.counts.count(texts(np.arange(50)).ravel())
+    return process
 
 
 def learn(group: Group, family: str, parallel: str, optimizer: str, steps: int, body: str) -> dict:

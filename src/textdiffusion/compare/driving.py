@@ -159,9 +159,9 @@ class Comparison:
         return self.plan.config(family, self._steps(family))
 
     def _judge_config(self) -> RunConfig:
-        # Another seed: a model must not be its own judge. With n-gram embeddings in few passes: the better judge.
+        # Another seed: a model must not be its own judge. With the priors of a training of its own it is a better one.
         steps = None if self.plan.flops is None else self._steps("autoregressive")
-        config = self.plan.config("autoregressive", steps, self.plan.seed + 1, own_ngrams=True)
+        config = self.plan.config("autoregressive", steps, self.plan.seed + 1, own_priors=True)
         return replace(config, network=prepare(config, device=self.device)[2].network)
 
     def _steps(self, family: str) -> int:

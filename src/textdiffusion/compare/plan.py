@@ -100,17 +100,18 @@ class Plan:
         return self.calls[len(self.calls) // 2]
 
     def config(
-        self, family: str, steps: int | None = None, seed: int | None = None, own_ngrams: bool = False
+        self, family: str, steps: int | None = None, seed: int | None = None, own_priors: bool = False
     ) -> RunConfig:
         """The config of a run; ``steps`` in place of the budget.
 
-        The network is the same for all: without n-gram embeddings, unless --set says otherwise, or ``own_ngrams`` that
-        it has those which a training of its own would have (networks/ngrams.py).
+        The network is the same for all: without n-gram embeddings and counts, unless --set says otherwise, or
+        ``own_priors`` that it has those which a training of its own would have (networks/ngrams.py, counts.py).
         """
         settings = [setting for setting in self.settings if not setting.startswith("process.")]
         settings += [s for s in self.settings if s.startswith("process.") and self._is_for(family, s)]
-        if not own_ngrams and not any(setting.startswith("network.ngrams") for setting in settings):
-            settings.append("network.ngrams=0")
+        for name in () if own_priors else ("network.ngrams", "network.counts"):
+            if not any(setting.startswith(name) for setting in settings):
+                settings.append(f"{name}=0")
         if steps is None:
             steps = self.steps
         return configure(

@@ -111,10 +111,12 @@ class Autoregressive(Hiding):
 
     def loss(self, x_0: Tensor, noise: Noise, condition: Tensor | None = None) -> Tensor:
         """Nats per token [B]: the negative log-likelihood over the length."""
-        return self._nats(x_0, condition) / x_0.shape[1]
+        # What is counted of the text that is learnt from has seen these very tokens.
+        counted = getattr(self.network, "counts", None) is not None
+        return self._nats(x_0, condition, **({"own": x_0} if counted else {})) / x_0.shape[1]
 
-    def _nats(self, x_0: Tensor, condition: Tensor | None = None) -> Tensor:
-        logits = self.network(self._inputs(x_0), condition=condition)
+    def _nats(self, x_0: Tensor, condition: Tensor | None = None, **more: Tensor) -> Tensor:
+        logits = self.network(self._inputs(x_0), condition=condition, **more)
         return token_nats(logits.flatten(0, 1), x_0.flatten()).view(x_0.shape).sum(-1)
 
     def nll(self, x_0: Tensor, noise: Noise, calls: int | None = None) -> Nll:

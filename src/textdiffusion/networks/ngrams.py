@@ -1,6 +1,6 @@
 """Embeddings of the n-grams that end at a position, hashed: what often follows them need not be learnt by attention.
 
-Shapes: B batch, L length, D width, K orders (n = 2 .. K + 1), W slots of a cache.
+Shapes: B batch, L length, D width, K orders (n = 2 .. K + 1).
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ class Ngrams(nn.Module):
     Args:
         longest: n of the longest n-gram, at most 8.
         width: D.
-        block: with a noisy and a clean half, the length of a block: before it, n-grams of both halves are clean.
     """
 
-    def __init__(self, longest: int, width: int, block: int):
+    def __init__(self, longest: int, width: int):
         super().__init__()
-        self.longest, self.block = longest, block
+        self.longest = longest
         orders = longest - 1
         self.table = nn.Embedding(orders * ROWS, WIDTH)
         self.up = nn.Parameter(torch.empty(width, orders * WIDTH))
@@ -44,7 +43,7 @@ class Ngrams(nn.Module):
 
     def forward(self, x: Tensor, before: Tensor, dtype: torch.dtype) -> Tensor:
         """Embeddings [B L D] in ``dtype``, of symbols x int64 [B L] and those ``before`` them, nearest first,
-        [B L longest - 1]; -1 for none."""
+        [B L longest - 1] or more; -1 for none (preceding.py)."""
         # Cast after the choice of rows: in bfloat16 the gradients of a row's many places would not add up.
         found = F.embedding(self.rows(x, before), self.table.weight).flatten(-2).to(dtype)
         return F.linear(found, self.up.to(dtype))
@@ -56,23 +55,3 @@ class Ngrams(nn.Module):
         # The high bits of a product depend on most bits of what was multiplied.
         row = ((mixed & 0xFFFFFFFF) * _FACTORS[0] >> 17) % ROWS
         return row + ROWS * torch.arange(self.longest - 1, device=x.device)
-
-    def before(self, x: Tensor, halves: bool) -> Tensor:
-        """The symbols before each of x [B L] in its text, [B L longest - 1]; with ``halves`` of [B 2L]."""
-        parts = x.unflatten(1, (2 if halves else 1, -1))
-        out = []
-        for back in range(1, self.longest):
-            moved = F.pad(parts, (back, 0), value=-1)[..., : parts.shape[-1]]
-            if halves:
-                at = torch.arange(parts.shape[-1], device=x.device)
-                same = at // self.block == (at - back) // self.block
-                moved = torch.where(same, moved, moved[:, 1:])
-            out.append(moved.flatten(1))
-        return torch.stack(out, -1)
-
-    def recalled(self, at: Tensor, symbols: Tensor, places: Tensor) -> Tensor:
-        """The symbols before positions ``at`` [B n] that a cache holds, [B n longest - 1]."""
-        source = at.unsqueeze(-1) - torch.arange(1, self.longest, device=at.device)
-        slot = source % symbols.shape[1]
-        there = places.gather(1, slot.flatten(1)).view(source.shape) == source
-        return symbols.gather(1, slot.flatten(1)).view(source.shape).masked_fill(~there, -1)

@@ -34,7 +34,7 @@ class Windows:
             needed = int(max(2 * length, total * length / longest) * max(characters, 1) / max(total, 1)) + 1
             advice = f"windows of {length} tokens need about {needed}; give more text or a smaller window length"
             raise UserError(f"the training text has only {characters} characters; {advice}")
-        self.length, self.seed, self._tokens = length, seed, runs.tokens
+        self.length, self.seed, self.tokens = length, seed, runs.tokens
         self._starts, self._sizes = runs.runs[:-1][sizes >= length], sizes[sizes >= length]
         self._labels = None if runs.labels is None else runs.labels[sizes >= length]
         rare = np.setdiff1d(runs.labels, self._labels) if runs.labels is not None and self._labels is not None else ()
@@ -49,7 +49,7 @@ class Windows:
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """The windows with these global example numbers, int64 [n, length]; `indices` is an integer array [n]."""
-        return self._tokens[self._begins(indices)[:, None] + np.arange(self.length)].astype(np.int64)
+        return self.tokens[self._begins(indices)[:, None] + np.arange(self.length)].astype(np.int64)
 
     def labels(self, indices: np.ndarray) -> np.ndarray | None:
         """The labels of the same windows, int64 [n]; None for text without labels."""

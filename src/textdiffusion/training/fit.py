@@ -31,6 +31,7 @@ from textdiffusion.sampling.reverse import sample
 from textdiffusion.text.data import Corpus
 from textdiffusion.text.shards import TrainingText
 from textdiffusion.text.tokenizer import Tokenizer
+from textdiffusion.text.windows import Windows
 from textdiffusion.training import card
 from textdiffusion.training.adaptation import fill
 from textdiffusion.training.checkpoints import Checkpoints
@@ -205,6 +206,8 @@ def _train(
     checkpoints = Checkpoints(path / "checkpoints", group)
     if config.init_from and not (resume and checkpoints.whole()):
         fill(network, config)  # also of a run that was killed before its first checkpoint
+    if getattr(network, "counts", None) is not None and isinstance(text.windows, Windows):
+        network.counts.count(text.windows.tokens)
     parameters = count_parameters(network)
     shard = sharded(parallel, group, parameters)
     if not shard:

@@ -8,6 +8,7 @@ import hashlib
 from textdiffusion.config import RunConfig
 from textdiffusion.errors import UserError
 from textdiffusion.families import family
+from textdiffusion.networks.counts import LONGEST, MOST_SYMBOLS, slots_for
 from textdiffusion.networks.ngrams import longest_for
 from textdiffusion.text.data import Corpus, fingerprint, load_corpus, tokenize
 from textdiffusion.text.shards import TrainingText, is_prepared, open_mixture, training_text
@@ -53,9 +54,20 @@ def prepare(
     if config.text != "" and labels != config.labels:
         raise UserError(f"{config.data.source} no longer has the labels of this run; put them back, or start a new run")
     network = config.network
-    if not (config.text or config.init_from or "ngrams" in network or family(config.family).infills):
-        # What stands before a position is there in full only where text is written from left to right.
-        network = network | {"ngrams": longest_for(_passes(config, corpus, tokenizer, device))}
+    if not (config.text or config.init_from):
+        if not family(config.family).infills:
+            # What stands before a position is there in full only where text is written from left to right.
+            passes = _passes(config, corpus, tokenizer, device)
+            network = {"ngrams": longest_for(passes)} | network
+        if config.family == "autoregressive" and not is_prepared(config.data.source):
+            network = {"counts": LONGEST if tokenizer.vocabulary <= MOST_SYMBOLS else 0} | network
+        if network.get("counts"):
+            network = {"slots": slots_for(sum(map(len, corpus.train)))} | network
+    if network.get("counts") and is_prepared(config.data.source):
+        raise UserError(
+            "network.counts are of a text that is read whole; leave them out with prepared corpora "
+            f"({'begin with a run that has none' if config.init_from else '--set network.counts=0'})"
+        )
     config = dataclasses.replace(
         config, vocabulary=tokenizer.vocabulary, start=tokenizer.end_of_text, text=text, labels=labels, network=network
     )

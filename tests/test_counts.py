@@ -1,0 +1,184 @@
+"""Counts of a text as a prior: against counts made with a dictionary, and what a run does with them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from textdiffusion.errors import UserError
+from textdiffusion.mathematics.noise import Noise
+from textdiffusion.networks.counts import DISCOUNT, Counts, slots_for
+from textdiffusion.networks.preceding import preceding
+from textdiffusion.networks.transformer import Transformer, TransformerConfig
+from textdiffusion.presets import configure
+from textdiffusion.run import build
+from textdiffusion.training.preparation import prepare
+
+V, K = 6, 3
+
+
+def text(tokens: int, seed: int = 0) -> np.ndarray:
+    """A second-order chain: what follows depends on the last two symbols."""
+    random = np.random.default_rng(seed)
+    law = random.dirichlet(np.full(V, 0.3), (V, V))
+    out = [0, 1]
+    for _ in range(tokens - 2):
+        out.append(int(random.choice(V, p=law[out[-2], out[-1]])))
+    return np.array(out)
+
+
+def counted(tokens: np.ndarray, slots: int = 2**16) -> Counts:
+    counts = Counts(K, 4, V, slots)
+    counts.count(tokens)
+    return counts
+
+
+def by_hand(tokens: list[int], context: tuple[int, ...]) -> np.ndarray:
+    """p(v | the last symbols, nearest first), by the recursion of the head of counts.py."""
+    p = np.full(V, 1 / V)
+    for order in range(len(context) + 1):
+        before = context[:order][::-1]
+        seen = Counter(tokens[i] for i in range(order, len(tokens)) if tuple(tokens[i - order : i]) == tuple(before))
+        total = sum(seen.values())
+        if total:
+            c = np.array([seen[v] for v in range(V)])
+            p = (np.maximum(c - DISCOUNT, 0) + DISCOUNT * len(seen) * p) / total
+    return p
+
+
+def test_the_prior_is_that_of_absolute_discounting():
+    tokens = text(400)
+    counts, some = counted(tokens), torch.from_numpy(text(60, seed=1))
+    contexts = preceding(some[None], K)[0]
+    log_p, total = counts.prior(contexts)
+    assert torch.allclose(log_p.exp().sum(-1), torch.ones(60), atol=1e-5)
+    for i in range(60):
+        context = tuple(int(s) for s in contexts[i] if s >= 0)
+        assert np.allclose(log_p[i].exp().numpy(), by_hand(tokens.tolist(), context), atol=1e-5), i
+        assert total[i, 0] == 400 and bool((total[i, len(context) + 1 :] == 0).all())
+
+
+def test_what_is_learnt_from_is_left_out():
+    """Of each position of the text: the prior of the same text without that occurrence of its symbol."""
+    tokens = text(120)
+    counts = counted(tokens)
+    whole = torch.from_numpy(tokens)
+    log_p, _ = counts.prior(preceding(whole[None], K)[0], whole)
+    for i in range(K, 120, 7):
+        c = [Counter(), Counter(), Counter(), Counter()]
+        for order in range(K + 1):
+            c[order].update(
+                tokens[j]
+                for j in range(order, 120)
+                if j != i and (tokens[j - order : j] == tokens[i - order : i]).all()
+            )
+        p = np.full(V, 1 / V)
+        for seen in c:
+            if total := sum(seen.values()):
+                p = (np.maximum([seen[v] - DISCOUNT for v in range(V)], 0) + DISCOUNT * len(seen) * p) / total
+        assert np.allclose(log_p[i].exp().numpy(), p, atol=1e-5), i
+
+
+def test_left_out_the_prior_costs_a_text_what_it_costs_another_of_its_kind():
+    """In training as where nothing was counted: else a network would learn to trust what it will not have."""
+    tokens, other = text(20_000), text(20_000, seed=0)[::1]
+    learnt, new = torch.from_numpy(tokens[:10_000]), torch.from_numpy(other[10_000:])
+    counts = counted(tokens[:10_000])
+
+    def nats(x, own):
+        log_p, _ = counts.prior(preceding(x[None], K)[0], own)
+        return -float(log_p.gather(-1, x[:, None]).mean())
+
+    told, left_out, fresh = nats(learnt, None), nats(learnt, learnt), nats(new, None)
+    assert abs(left_out - fresh) < 0.02 and told < fresh - 0.01
+
+
+def test_a_full_table_keeps_what_was_seen_most():
+    tokens = text(20_000)
+    roomy, tight = counted(tokens), counted(tokens, slots=2**8)
+    full = roomy.found(torch.tensor([[0, 1, 2], [3, 4, -1]]))
+    kept = tight.found(torch.tensor([[0, 1, 2], [3, 4, -1]]))
+    assert bool(((kept == full) | (kept == 0)).all()) and 0 < int((kept == 0).sum()) < kept.numel()
+    assert int((tight.table != 0).sum()) > 200
+    assert torch.allclose(tight.prior(torch.tensor([[0, 1, 2]]))[0].exp().sum(), torch.tensor(1.0), atol=1e-5)
+    assert slots_for(1) == 2**10 and slots_for(60_000) == 2**16 and slots_for(10**9) == 2**22
+
+
+def network(counts: int = K, window: int = 12) -> Transformer:
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        inputs=V, outputs=V, window=window, depth=1, width=16, heads=2, attention="causal", counts=counts, slots=2**12
+    )
+    return Transformer(config).eval()
+
+
+def test_an_untaught_network_says_the_prior_and_trust_is_learnt():
+    net = network()
+    assert net.counts is not None
+    net.counts.count(text(2000))
+    x = torch.from_numpy(text(12, seed=1))[None]
+    contexts = torch.cat((x.unsqueeze(-1), preceding(x, K - 1)), -1)
+    assert torch.allclose(net(x).log_softmax(-1), net.counts.prior(contexts)[0], atol=1e-5)
+    net(x).logsumexp(-1).sum().backward()
+    assert bool((net.counts.trust.grad != 0).any())
+    with torch.no_grad():
+        net.counts.trust[-1] = -50.0
+        assert torch.allclose(net(x), torch.zeros(1, 12, V), atol=1e-5)
+
+
+def test_written_with_a_cache_as_read_whole():
+    torch.manual_seed(0)
+    net = network()
+    net.counts.count(text(2000))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    x = torch.from_numpy(text(24, seed=2)).view(2, 12)
+    whole, cache, out = net(x), net.empty_cache(2), []
+    for i in range(12):
+        out.append(net(x[:, i : i + 1], cache=cache, at=torch.full((2, 1), i)))
+    assert torch.allclose(torch.cat(out, 1), whole, atol=1e-5)
+    asked = torch.rand(2, 12) < 0.5
+    assert torch.allclose(net(x, positions=asked), whole[asked], atol=1e-5)
+
+
+def test_the_loss_leaves_out_and_the_likelihood_does_not():
+    config = configure(family="autoregressive", length=12, steps=5, depth=1, settings=["network.counts=3"])
+    config.vocabulary = V
+    process = build(config)
+    tokens = text(600)
+    process.network.counts.count(tokens)
+    x = torch.from_numpy(tokens[:600].reshape(50, 12))
+    with torch.no_grad():
+        loss, nll = process.loss(x, Noise.of(0, 50)).mean(), process.nll(x, Noise.of(0, 50)).total.mean() / 12
+    assert float(nll) < float(loss) - 0.05
+    assert math.isfinite(float(loss))
+
+
+def test_who_has_counts(tmp_path):
+    (tmp_path / "my.txt").write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 60)
+
+    def made(family, tokenizer="char", *settings):
+        config = configure(
+            family=family,
+            data=str(tmp_path / "my.txt"),
+            tokenizer=tokenizer,
+            length=12,
+            steps=5,
+            settings=list(settings),
+        )
+        return prepare(config)[2].network
+
+    assert made("autoregressive")["counts"] == 5 and made("autoregressive")["slots"] == 2**13
+    assert made("autoregressive", "char", "network.counts=0")["counts"] == 0
+    assert made("autoregressive", "bpe:300")["counts"] == 0 and "counts" not in made("masked")
+    with pytest.raises(UserError, match="all but autoregressive"):
+        build(replace(configure(family="masked", steps=5, settings=["network.counts=2"]), vocabulary=V))
+    for wrong in ("network.counts=9", "network.slots=1000"):
+        with pytest.raises(UserError, match=r"network\.(counts|slots) must be"):
+            configure(family="autoregressive", steps=5, settings=[wrong])
