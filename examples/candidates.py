@@ -66,8 +66,8 @@ NOISE = {
     "noisy embeddings": ("gaussian_embedding", ["process.input=reals"]),
     "beliefs": ("gaussian_embedding", []),
 }
-# Of left to right: without this it would depend on the text and the steps which it has.
-NGRAMS, NO_NGRAMS = ({SPARSE: [], MASKED: [], LEFT: [f"network.ngrams={n}"]} for n in (5, 0))
+# Of left to right: else what it has would depend on text and steps. No counts, which sub-words cannot have.
+NGRAMS, NO_NGRAMS = ({SPARSE: [], MASKED: [], LEFT: [f"network.ngrams={n}", "network.counts=0"]} for n in (5, 0))
 WRITING: list[dict[str, Any]] = [
     {"sampler": "random"},
     *({"sampler": "random", "temperature": t} for t in (0.7, 0.85, 1.15)),

@@ -65,7 +65,7 @@ ROWS = [
     ("network", "U-Net, bits, told the noise (the first system's)", BITS,
      ["network.body=unet", "process.output=bits", "process.input=reals", "process.schedule=cosine",
       "process.evidence=false", "process.given=0.0"]),
-    ("speed", "autoregressive", "autoregressive", ["network.ngrams=0"]),
+    ("speed", "autoregressive", "autoregressive", ["network.ngrams=0", "network.counts=0"]),
     ("speed", EMBEDDING, EMBEDDING, []),
     ("speed", BITS, BITS, []),
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from dataclasses import replace
@@ -129,6 +130,14 @@ def test_an_untaught_network_says_the_prior_and_trust_is_learnt():
     with torch.no_grad():
         net.counts.trust[-1] = -50.0
         assert torch.allclose(net(x), torch.zeros(1, 12, V), atol=1e-5)
+
+
+def test_the_average_of_the_weights_reads_the_same_table():
+    net = network()
+    other = copy.deepcopy(net)
+    net.counts.count(text(2000))
+    assert other.counts.table.data_ptr() == net.counts.table.data_ptr() and other.counts.trust is not net.counts.trust
+    assert torch.equal(other.state_dict()["counts.table"], net.counts.table) and bool(net.counts.table.any())
 
 
 def test_written_with_a_cache_as_read_whole():

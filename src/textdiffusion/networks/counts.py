@@ -17,6 +17,9 @@ Shapes: ... any leading ones, K longest context, D width, V vocabulary.
 
 from __future__ import annotations
 
+import copy
+from typing import Any, Self
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -59,6 +62,13 @@ class Counts(nn.Module):
         self.trust = nn.Parameter(
             torch.zeros(width + longest + 2)
         )  # of the vectors, of the contexts' numbers, and a bias
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The table is not learnt: the average of a network's weights reads the very same."""
+        memo[id(self.table)] = self.table
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return made
 
     def _hash(self, contexts: Tensor) -> Tensor:
         """Of the last 0..K symbols of contexts int64 [... K], nearest first: [... K + 1]. Products wrap round."""
