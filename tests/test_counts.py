@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections import Counter
 from dataclasses import replace
 
@@ -15,8 +14,8 @@ from textdiffusion.errors import UserError
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.counts import DISCOUNT, Counts, slots_for
 from textdiffusion.networks.preceding import preceding
-from textdiffusion.networks.transformer import Transformer, TransformerConfig
 from textdiffusion.presets import configure
+from textdiffusion.process import Process, State
 from textdiffusion.run import build
 from textdiffusion.training.preparation import prepare
 
@@ -33,8 +32,8 @@ def text(tokens: int, seed: int = 0) -> np.ndarray:
     return np.array(out)
 
 
-def counted(tokens: np.ndarray, slots: int = 2**16) -> Counts:
-    counts = Counts(K, 4, V, slots)
+def counted(tokens: np.ndarray, slots: int = 2**22) -> Counts:
+    counts = Counts(K, V, slots)
     counts.count(tokens)
     return counts
 
@@ -56,7 +55,7 @@ def test_the_prior_is_that_of_absolute_discounting():
     tokens = text(400)
     counts, some = counted(tokens), torch.from_numpy(text(60, seed=1))
     contexts = preceding(some[None], K)[0]
-    log_p, total = counts.prior(contexts)
+    log_p, total = counts.law(contexts)
     assert torch.allclose(log_p.exp().sum(-1), torch.ones(60), atol=1e-5)
     for i in range(60):
         context = tuple(int(s) for s in contexts[i] if s >= 0)
@@ -69,7 +68,7 @@ def test_what_is_learnt_from_is_left_out():
     tokens = text(120)
     counts = counted(tokens)
     whole = torch.from_numpy(tokens)
-    log_p, _ = counts.prior(preceding(whole[None], K)[0], whole)
+    log_p, _ = counts.law(preceding(whole[None], K)[0], whole)
     for i in range(K, 120, 7):
         c = [Counter(), Counter(), Counter(), Counter()]
         for order in range(K + 1):
@@ -92,7 +91,7 @@ def test_left_out_the_prior_costs_a_text_what_it_costs_another_of_its_kind():
     counts = counted(tokens[:10_000])
 
     def nats(x, own):
-        log_p, _ = counts.prior(preceding(x[None], K)[0], own)
+        log_p, _ = counts.law(preceding(x[None], K)[0], own)
         return -float(log_p.gather(-1, x[:, None]).mean())
 
     told, left_out, fresh = nats(learnt, None), nats(learnt, learnt), nats(new, None)
@@ -106,67 +105,83 @@ def test_a_full_table_keeps_what_was_seen_most():
     kept = tight.found(torch.tensor([[0, 1, 2], [3, 4, -1]]))
     assert bool(((kept == full) | (kept == 0)).all()) and 0 < int((kept == 0).sum()) < kept.numel()
     assert int((tight.table != 0).sum()) > 200
-    assert torch.allclose(tight.prior(torch.tensor([[0, 1, 2]]))[0].exp().sum(), torch.tensor(1.0), atol=1e-5)
-    assert slots_for(1) == 2**10 and slots_for(60_000) == 2**16 and slots_for(10**9) == 2**22
+    assert torch.allclose(tight.law(torch.tensor([[0, 1, 2]]))[0].exp().sum(), torch.tensor(1.0), atol=1e-5)
+    assert slots_for(1) == 2**10 and slots_for(60_000) == 2**17 and slots_for(10**9) == 2**23
 
 
-def network(counts: int = K, window: int = 12) -> Transformer:
-    torch.manual_seed(0)
-    config = TransformerConfig(
-        inputs=V, outputs=V, window=window, depth=1, width=16, heads=2, attention="causal", counts=counts, slots=2**12
-    )
-    return Transformer(config).eval()
+def process(counts: int = K, **fields) -> Process:
+    config = configure(family="autoregressive", length=12, steps=5, depth=1, settings=[f"network.counts={counts}"])
+    return build(replace(config, vocabulary=V, start=V - 1, network=config.network | fields))
 
 
-def test_an_untaught_network_says_the_prior_and_trust_is_learnt():
-    net = network()
-    assert net.counts is not None
-    net.counts.count(text(2000))
-    x = torch.from_numpy(text(12, seed=1))[None]
-    contexts = torch.cat((x.unsqueeze(-1), preceding(x, K - 1)), -1)
-    assert torch.allclose(net(x).log_softmax(-1), net.counts.prior(contexts)[0], atol=1e-5)
-    net(x).logsumexp(-1).sum().backward()
-    assert bool((net.counts.trust.grad != 0).any())
+def test_what_is_said_is_a_mixture_whose_shares_are_learnt():
+    made = process()
+    counts, x = made.network.counts, torch.from_numpy(text(24, seed=1)).view(2, 12)
+    counts.count(text(2000))
+
+    def said() -> torch.Tensor:
+        logits = made.network(made._inputs(x))
+        return made._mixed(logits, x)
+
+    law = counts.law(counts.contexts(made._inputs(x)))[0]
+    # An untaught network says nothing, and has half of the word.
+    assert torch.allclose(said().exp(), 0.5 / V + 0.5 * law.exp(), atol=1e-6)
+    nll = -said().gather(-1, x.unsqueeze(-1)).sum((-1, -2))
+    assert torch.allclose(made.nll(x, Noise.of(0, 2)).total, nll.double(), atol=1e-4)
     with torch.no_grad():
-        net.counts.trust[-1] = -50.0
-        assert torch.allclose(net(x), torch.zeros(1, 12, V), atol=1e-5)
+        made.network.head.weight.normal_()
+        for bias, there in ((50.0, law), (-50.0, made.network(made._inputs(x)).log_softmax(-1))):
+            counts.trust[-1] = bias
+            assert torch.allclose(said(), there, atol=1e-4)
+            assert torch.allclose(said().exp().sum(-1), torch.ones(2, 12), atol=1e-5)
+
+
+def test_counts_teach_their_share_and_not_the_network():
+    """The network's gradient is that of its own law, counts or not."""
+    grads = []
+    for number in (K, 0):
+        made = process(number)
+        if number:
+            made.network.counts.count(text(2000))
+        with torch.no_grad():
+            made.network.head.weight.normal_(generator=torch.Generator().manual_seed(0))
+        loss = made.loss(torch.from_numpy(text(240)).view(20, 12), Noise.of(0, 20)).mean()
+        loss.backward()
+        named = dict(made.network.named_parameters())
+        if number:
+            assert bool((named.pop("counts.trust").grad != 0).all())
+        grads.append((loss.item(), {name: p.grad for name, p in named.items()}))
+    (loss, mine), (other, theirs) = grads
+    assert loss == other and mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_the_average_of_the_weights_reads_the_same_table():
-    net = network()
+    net = process().network
     other = copy.deepcopy(net)
     net.counts.count(text(2000))
     assert other.counts.table.data_ptr() == net.counts.table.data_ptr() and other.counts.trust is not net.counts.trust
     assert torch.equal(other.state_dict()["counts.table"], net.counts.table) and bool(net.counts.table.any())
 
 
-def test_written_with_a_cache_as_read_whole():
-    torch.manual_seed(0)
-    net = network()
-    net.counts.count(text(2000))
+def test_texts_are_written_by_the_law_that_is_their_likelihood():
+    """Drawn one by one with a cache, and read whole: the probability of each symbol is the same."""
+    made = process()
+    made.network.counts.count(text(2000))
     with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    x = torch.from_numpy(text(24, seed=2)).view(2, 12)
-    whole, cache, out = net(x), net.empty_cache(2), []
-    for i in range(12):
-        out.append(net(x[:, i : i + 1], cache=cache, at=torch.full((2, 1), i)))
-    assert torch.allclose(torch.cat(out, 1), whole, atol=1e-5)
-    asked = torch.rand(2, 12) < 0.5
-    assert torch.allclose(net(x, positions=asked), whole[asked], atol=1e-5)
-
-
-def test_the_loss_leaves_out_and_the_likelihood_does_not():
-    config = configure(family="autoregressive", length=12, steps=5, depth=1, settings=["network.counts=3"])
-    config.vocabulary = V
-    process = build(config)
-    tokens = text(600)
-    process.network.counts.count(tokens)
-    x = torch.from_numpy(tokens[:600].reshape(50, 12))
-    with torch.no_grad():
-        loss, nll = process.loss(x, Noise.of(0, 50)).mean(), process.nll(x, Noise.of(0, 50)).total.mean() / 12
-    assert float(nll) < float(loss) - 0.05
-    assert math.isfinite(float(loss))
+        for name, p in made.network.named_parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+        x = torch.from_numpy(text(24, seed=2)).view(2, 12)
+        whole = made.predict(State(x.clone(), torch.zeros(2)))
+        logits = made._mixed(made.network(made._inputs(x)), x)
+        memory = None
+        for i in range(12):
+            shown = torch.where(torch.arange(12) < i, x, made.mask)
+            at = (torch.arange(12) == i).expand(2, -1)
+            said = made.predict(State(shown, torch.zeros(2), memory=memory), at)
+            memory = said.memory
+            assert torch.allclose(said.log_p, logits[:, i].log_softmax(-1), atol=1e-5)
+    assert whole.log_p.shape == (2, 12, V)
 
 
 def test_who_has_counts(tmp_path):
@@ -183,7 +198,7 @@ def test_who_has_counts(tmp_path):
         )
         return prepare(config)[2].network
 
-    assert made("autoregressive")["counts"] == 5 and made("autoregressive")["slots"] == 2**13
+    assert made("autoregressive")["counts"] == 8 and made("autoregressive")["slots"] == 2**14
     assert made("autoregressive", "char", "network.counts=0")["counts"] == 0
     assert made("autoregressive", "bpe:300")["counts"] == 0 and "counts" not in made("masked")
     with pytest.raises(UserError, match="all but autoregressive"):

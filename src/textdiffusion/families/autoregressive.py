@@ -6,8 +6,9 @@ loss        Cross-entropy of every token.
 likelihood  Exact, at L calls, no more and no fewer.
 sampling    Left to right with a key-value cache. Past the training window the older half of the window is forgotten and
             the rest encoded again, so that the network never sees a text longer than it was trained on.
-departs from the usual in: nothing that matters. Windows, start token and network are those of the others, but for
-            the n-gram embeddings that families from left to right have in a training of few passes over its text
+departs from the usual in: a mixture with what was counted of the training text (networks/counts.py; of characters
+            and bytes; network.counts=0: none). Windows, start token and network are those of the others, but for the
+            n-gram embeddings that families from left to right have in a training of few passes over its text
             (networks/ngrams.py; network.ngrams=0: none).
 """
 
@@ -26,6 +27,8 @@ from textdiffusion.errors import UserError
 from textdiffusion.mathematics.cross_entropy import token_nats
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.process import Context, Network, Nll, Prediction, State, as_network
+
+COUNTED_SHARE = 8  # of so many texts one teaches how far counts are trusted
 
 
 @dataclass
@@ -83,7 +86,19 @@ class Autoregressive(Hiding):
         else:
             logits, memory = self.network(self._inputs(state.x), condition=condition, positions=positions), None
         symbols = state.x if positions is None else state.x[positions]
-        return Prediction(carry_over(logits, symbols, self.mask), memory=memory)
+        return Prediction(carry_over(self._mixed(logits, state.x, positions), symbols, self.mask), memory=memory)
+
+    @property
+    def _counts(self) -> Any:
+        """What the network's run counted of its text, or None."""
+        return getattr(self.network, "counts", None)
+
+    def _mixed(self, logits: Tensor, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """What is said of texts x [B L]: logits, or the log of a mixture of the network's law and that of counts."""
+        if self._counts is None:
+            return logits
+        contexts = self._counts.contexts(self._inputs(x))
+        return self._counts(logits, contexts if positions is None else contexts[positions])
 
     def _read_on(self, state: State, positions: Tensor, condition: Tensor | None) -> tuple[Tensor, _Read | None]:
         """Outputs [B V] at one position a row, reading only what the cache has not read yet."""
@@ -110,14 +125,17 @@ class Autoregressive(Hiding):
         return self.network(inputs, condition=condition, positions=last, cache=cache, at=local), _Read(cache, start)
 
     def loss(self, x_0: Tensor, noise: Noise, condition: Tensor | None = None) -> Tensor:
-        """Nats per token [B]: the negative log-likelihood over the length."""
-        # What is counted of the text that is learnt from has seen these very tokens.
-        counted = getattr(self.network, "counts", None) is not None
-        return self._nats(x_0, condition, **({"own": x_0} if counted else {})) / x_0.shape[1]
-
-    def _nats(self, x_0: Tensor, condition: Tensor | None = None, **more: Tensor) -> Tensor:
-        logits = self.network(self._inputs(x_0), condition=condition, **more)
-        return token_nats(logits.flatten(0, 1), x_0.flatten()).view(x_0.shape).sum(-1)
+        """Nats per token [B]: the negative log-likelihood, but for counts, over the length."""
+        inputs = self._inputs(x_0)
+        logits = self.network(inputs, condition=condition)
+        nats = token_nats(logits.flatten(0, 1), x_0.flatten()).view(x_0.shape).sum(-1)
+        if self._counts is not None:
+            # How far counts are trusted is few numbers, which a few texts teach; the network does not learn by it.
+            few = slice(max(1, len(x_0) // COUNTED_SHARE))
+            mixed = self._counts(logits[few].detach(), self._counts.contexts(inputs[few]), x_0[few])
+            more = token_nats(mixed.flatten(0, 1), x_0[few].flatten()).view(x_0[few].shape).sum(-1)
+            nats = torch.cat((nats[few] + more - more.detach(), nats[few.stop :]))
+        return nats / x_0.shape[1]
 
     def nll(self, x_0: Tensor, noise: Noise, calls: int | None = None) -> Nll:
         """Exact. Raises UserError for fewer calls than tokens: this family has no such sampler."""
@@ -125,7 +143,8 @@ class Autoregressive(Hiding):
             raise UserError(
                 f"the autoregressive family takes {x_0.shape[1]} calls for {x_0.shape[1]} tokens, not {calls}"
             )
-        diffusion = self._nats(x_0).double()
+        logits = self._mixed(self.network(self._inputs(x_0)), x_0)
+        diffusion = token_nats(logits.flatten(0, 1), x_0.flatten()).view(x_0.shape).sum(-1).double()
         zero = torch.zeros_like(diffusion)
         return Nll(diffusion, zero, zero, "exact", "left-to-right", x_0.shape[1])
 

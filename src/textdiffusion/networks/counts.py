@@ -1,18 +1,20 @@
-"""What followed the last n symbols in the training text, counted: a prior that a network from left to right corrects.
+"""What followed the last n symbols in the training text, counted: a second opinion for a network from left to right.
 
-A short training goes a long way to learn what a table knows after one look at the text (2210.14431). The prior is that
-of interpolated absolute discounting (Ney, Essen and Kneser 1994): with c the counts of what followed the last k
+A short training goes a long way to learn what a table knows after one look at the text. The counts' law is that of
+interpolated absolute discounting (Ney, Essen and Kneser 1994): with c the counts of what followed the last k
 symbols, N their sum, U how many are not 0, and D the discount,
 
     p_k(v) = (max(c(v) - D, 0) + D U p_{k-1}(v)) / N,    p_{k-1}(v) where N = 0,    p_{-1} = 1 / V.
 
-Logits are those of the network plus w log p, with a weight w > 0 that the network says at each position: 1 at first.
-In training a position's own occurrence is not counted (leave one out), without which the prior would know the answer.
+What is said is a mixture of it and the network's law, in a share that follows from how often the contexts were seen and
+from how sure the two are: a half at first. The share is learnt beside the network and not through it: taught together,
+the network leaves to the table what it would else have learnt, and both are worse (docs/results.md). In training a
+position's own occurrence is not counted (leave one out): else the table would know the answer.
 
-Counts are kept by hash, in a table of at most 16 MB: of entries that fall on the same slot the larger is kept, and a
+Counts are kept by hash, in a table of at most 32 MB: of entries that fall on the same slot the larger is kept, and a
 mark of 11 bits tells it from others, so that what never was is taken for what was at most once in two thousand.
 
-Shapes: ... any leading ones, K longest context, D width, V vocabulary.
+Shapes: ... any leading ones, B batch, L length, K longest context, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LONGEST = 5  # symbols of the longest context, by default
+from textdiffusion.networks.preceding import preceding
+
+LONGEST = 8  # symbols of the longest context, by default
 MOST_SYMBOLS = 256  # of a vocabulary for which there are counts by default: all of it is looked up at every position
 DISCOUNT = 0.75
 MOST_TOKENS = 2**24  # of the text that are counted
-LEAST_SLOTS, MOST_SLOTS = 2**10, 2**22
+LEAST_SLOTS, MOST_SLOTS = 2**10, 2**23
 _COUNT_BITS, _MARK_BITS = 20, 11  # of an entry
 _GOLDEN = -7046029254386353131  # odd, and without pattern; as a signed 64-bit number, like the others
 _FACTORS = (
@@ -39,29 +43,33 @@ _FACTORS = (
 
 
 def slots_for(tokens: int) -> int:
-    """Slots of the table for a text of so many tokens: a power of two."""
-    return int(min(max(2 ** max(tokens - 1, 1).bit_length(), LEAST_SLOTS), MOST_SLOTS))
+    """Slots of the table for a text of so many tokens: a power of two, of which a third is filled or so."""
+    return int(min(max(2 ** (2 * tokens).bit_length(), LEAST_SLOTS), MOST_SLOTS))
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """int64 to int64, one to one, so that all bits depend on all."""
+    x = x * _GOLDEN
+    return (x ^ (x >> 32)) * _FACTORS[2]
 
 
 class Counts(nn.Module):
-    """The prior, and how far the network trusts it.
+    """The table, and how far it is trusted.
 
     Args:
         longest: K, at most 8.
-        width: D.
         vocabulary: V.
         slots: of the table.
     """
 
     table: Tensor
 
-    def __init__(self, longest: int, width: int, vocabulary: int, slots: int):
+    def __init__(self, longest: int, vocabulary: int, slots: int):
         super().__init__()
         self.longest, self.vocabulary = longest, vocabulary
         self.register_buffer("table", torch.zeros(slots, dtype=torch.int32))  # mark and count
-        self.trust = nn.Parameter(
-            torch.zeros(width + longest + 2)
-        )  # of the vectors, of the contexts' numbers, and a bias
+        # Of the contexts' numbers, of the entropies of the network's law and the table's, and a bias.
+        self.trust = nn.Parameter(torch.zeros(longest + 4))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """The table is not learnt: the average of a network's weights reads the very same."""
@@ -73,28 +81,29 @@ class Counts(nn.Module):
     def _hash(self, contexts: Tensor) -> Tensor:
         """Of the last 0..K symbols of contexts int64 [... K], nearest first: [... K + 1]. Products wrap round."""
         sums = F.pad(((contexts + 2) * contexts.new_tensor(_FACTORS[: self.longest])).cumsum(-1), (1, 0))
-        order = torch.arange(self.longest + 1, device=contexts.device)
-        mixed = (sums + order + 1) * _GOLDEN
-        return (mixed ^ (mixed >> 29)) * _FACTORS[0]
+        return _mixed(sums + torch.arange(1, self.longest + 2, device=contexts.device))
 
     def _place(self, hashed: Tensor, symbols: Tensor) -> tuple[Tensor, Tensor]:
         """Slot and mark of the entries of symbols behind contexts: of two tensors that broadcast."""
-        mixed = (hashed + symbols * _FACTORS[1]) * _GOLDEN
-        mixed = (mixed ^ (mixed >> 32)) * _FACTORS[2]
+        mixed = _mixed(hashed + symbols * _FACTORS[1])
         return mixed >> 24 & len(self.table) - 1, mixed >> 50 & 2**_MARK_BITS - 1
+
+    def contexts(self, x: Tensor) -> Tensor:
+        """The last symbols up to each of x [B L], nearest first, [B L K]; -1 for none."""
+        return torch.cat((x.unsqueeze(-1), preceding(x, self.longest - 1)), -1)[..., : self.longest]
 
     @torch.no_grad()
     def count(self, tokens: np.ndarray) -> None:
         """Take down what follows what in a text, int [tokens]; of a long one, in its first 2^24 tokens."""
         text = torch.from_numpy(np.asarray(tokens[:MOST_TOKENS], dtype=np.int64))
-        found = []
-        for longest in range(self.longest + 1):
-            if len(text) <= longest:
+        found, sums = [], torch.zeros_like(text)
+        for order in range(self.longest + 1):
+            if len(text) <= order:
                 break
-            rows = text.unfold(0, longest + 1, 1).flip(-1)  # the symbol, and those before it, nearest first
-            contexts = F.pad(rows[:, 1:], (0, self.longest - longest), value=-1)
-            entry = torch.stack(self._place(self._hash(contexts)[:, longest], rows[:, 0]))
-            key, number = (entry[0] << _MARK_BITS | entry[1]).unique(return_counts=True)
+            if order:  # the hash of one symbol more, of each position that has so many before it
+                sums = sums[1:] + (text[:-order] + 2) * _FACTORS[order - 1]
+            slot, mark = self._place(_mixed(sums + order + 1), text[order:])
+            key, number = (slot << _MARK_BITS | mark).unique(return_counts=True)
             found.append(torch.stack((key, number.clamp(max=2**_COUNT_BITS - 1))))
         if not found:
             return
@@ -120,7 +129,7 @@ class Counts(nn.Module):
         whole = F.pad((contexts >= 0).cumprod(-1), (1, 0), value=1)
         return (number * whole.unsqueeze(-1)).float()
 
-    def prior(self, contexts: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def law(self, contexts: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """log p of what follows, float32 [... V], and how often each context was followed by anything [... K + 1]."""
         number = self.found(contexts, own)
         total = number.sum(-1)
@@ -133,8 +142,11 @@ class Counts(nn.Module):
             p = kept[..., order, :] + share[..., order, :] * p
         return p.clamp(min=1e-30).log(), total
 
-    def forward(self, contexts: Tensor, h: Tensor, own: Tensor | None = None) -> Tensor:
-        """What is added to logits, float32 [... V], of contexts [... K] and the network's vectors h [... D]."""
-        log_p, total = self.prior(contexts, own)
-        told = torch.cat((h.float(), total.log1p(), torch.ones_like(total[..., :1])), -1)
-        return 2 * torch.sigmoid(told @ self.trust.float()).unsqueeze(-1) * log_p
+    def forward(self, logits: Tensor, contexts: Tensor, own: Tensor | None = None) -> Tensor:
+        """log of the mixture, float32 [... V], of a network's logits [... V] and the table's law behind contexts
+        [... K]; without the occurrence of symbols ``own`` [...] there, if given."""
+        said, (counted, total) = logits.float().log_softmax(-1), self.law(contexts, own)
+        unsure = torch.stack([-(log_p.exp() * log_p).sum(-1) for log_p in (said, counted)], -1)
+        told = torch.cat((total.log1p(), unsure, torch.ones_like(unsure[..., :1])), -1)
+        trust = (told @ self.trust.float()).unsqueeze(-1)
+        return torch.logaddexp(said + F.logsigmoid(-trust), counted + F.logsigmoid(trust))

@@ -25,7 +25,7 @@ def preceding(x: Tensor, number: int, halves: bool = False, block: int = 1) -> T
             same = at // block == (at - back) // block
             moved = torch.where(same, moved, moved[:, 1:])
         out.append(moved.flatten(1))
-    return torch.stack(out, -1)
+    return torch.stack(out, -1) if out else x.new_empty(*x.shape, 0)
 
 
 def recalled(at: Tensor, number: int, symbols: Tensor, places: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class Transformer(TextNetwork):
     """Symbols in, context outputs out.
 
     ``forward(x, t=None, condition=None, positions=None, cache=None, at=None, halves=False, estimate=None,
-    candidates=None, log_p=None, own=None)``:
+    candidates=None, log_p=None)``:
         x: symbols, int64 [B L]; or reals [B L inputs], if ``config.reals``.
         t: times in [0, 1], [B]; or [B L], each position standing at its row's time or, without noise, at 0. Needed if
             and only if ``config.time``.
@@ -146,8 +146,6 @@ class Transformer(TextNetwork):
         estimate: what the network said before, [B L estimates]; None: nothing.
         candidates, log_p: for ``config.candidates``: symbols int64 [B L K] and their log-probabilities [B L K], which
             are read in the place of x.
-        own: for ``config.counts``, in training: the symbols to be predicted, int64 [B L], whose occurrences here are
-            not counted.
     Returns outputs [B L V], or [N V] for the N asked positions in row-major order, in the compute type.
     """
 
@@ -164,7 +162,8 @@ class Transformer(TextNetwork):
         conditioned = config.time or config.classes > 0
         self.blocks = nn.ModuleList(Block(config, conditioned) for _ in range(config.depth))
         self.head = Linear(width, config.outputs)
-        self.counts = Counts(config.counts, width, config.outputs, config.slots) if config.counts else None
+        # Used by the family, on what this network says (families/autoregressive.py).
+        self.counts = Counts(config.counts, config.outputs, config.slots) if config.counts else None
         self.initialise()
 
     def initialise(self) -> None:
@@ -239,7 +238,6 @@ class Transformer(TextNetwork):
         estimate: Tensor | None = None,
         candidates: Tensor | None = None,
         log_p: Tensor | None = None,
-        own: Tensor | None = None,
     ) -> Tensor:
         length = x.shape[1] // 2 if halves else x.shape[1]
         if cache is None and length > self.config.window:
@@ -258,13 +256,11 @@ class Transformer(TextNetwork):
             h = h + self.estimate(estimate.to(h.dtype))
         if cache is not None:
             cache.note(x, at)
-        before = x.new_empty(*x.shape, 0)
-        if longest := max(self.config.ngrams, self.config.counts):
-            if cache is None:
-                before = preceding(x, longest - 1, halves, self.config.block_length)
-            else:
-                before = recalled(at, longest - 1, cache.symbols, cache.places)
         if self.ngrams is not None:
+            if cache is None:
+                before = preceding(x, self.config.ngrams - 1, halves, self.config.block_length)
+            else:
+                before = recalled(at, self.config.ngrams - 1, cache.symbols, cache.places)
             h = h + self.ngrams(x, before, h.dtype)
         if self.position is not None:
             h = h + self.position.to(h.dtype)[at.repeat(2) if halves else at]
@@ -278,13 +274,7 @@ class Transformer(TextNetwork):
             view = replace(view, taps=self.blocks[0].conv_attention.taps(at, cache.places))  # type: ignore[union-attr,operator]
         for layer, block in enumerate(self.blocks):
             h = block(h, c, view, cache, layer)
-        out = self.answer(h, positions)
-        if self.counts is None:
-            return out
-        contexts = torch.cat((x.unsqueeze(-1), before), -1)[..., : self.config.counts]
-        if positions is not None:
-            contexts, h, own = contexts[positions], h[positions], None if own is None else own[positions]
-        return out + self.counts(contexts, normalise(h), own)
+        return self.answer(h, positions)
 
     def _view(self, at: Tensor, seen: Tensor, halves: bool) -> View:
         """What positions ``at`` [n] or [B n] see of those at ``seen`` [m] or [B m], -1 being none."""
