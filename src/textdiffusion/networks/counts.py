@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from textdiffusion.networks.preceding import preceding
 
 LONGEST = 8  # symbols of the longest context, by default
-MOST_SYMBOLS = 256  # of a vocabulary for which there are counts by default: all of it is looked up at every position
+MOST_SYMBOLS = 300  # of a vocabulary that has counts by default, characters or bytes: all are looked up at a position
 DISCOUNT = 0.75
 MOST_TOKENS = 2**24  # of the text that are counted
 LEAST_SLOTS, MOST_SLOTS = 2**10, 2**23
@@ -116,37 +116,30 @@ class Counts(nn.Module):
         self.table.zero_()
         self.table[slot[largest]] = (mark << _COUNT_BITS | number)[largest].int().to(self.table.device)
 
-    def found(self, contexts: Tensor, own: Tensor | None = None) -> Tensor:
-        """How often each symbol followed the last 0..K symbols of contexts int64 [... K] (-1: none), float32
-        [... K + 1 V]; without the occurrence of symbols ``own`` [...] there, if given."""
-        symbols = torch.arange(self.vocabulary, device=contexts.device)
-        slot, mark = self._place(self._hash(contexts).unsqueeze(-1), symbols)
-        held = self.table[slot]
-        number = torch.where(held >> _COUNT_BITS == mark, held & 2**_COUNT_BITS - 1, 0)
-        if own is not None:
-            at = own.unsqueeze(-1).unsqueeze(-1).expand(*number.shape[:-1], 1)
-            number.scatter_(-1, at, (number.gather(-1, at) - 1).clamp(min=0))
-        whole = F.pad((contexts >= 0).cumprod(-1), (1, 0), value=1)
-        return (number * whole.unsqueeze(-1)).float()
-
     def law(self, contexts: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """log p of what follows, float32 [... V], and how often each context was followed by anything [... K + 1]."""
-        number = self.found(contexts, own)
-        total = number.sum(-1)
-        kept, kinds = (number - DISCOUNT).clamp(min=0), (number > 0).sum(-1)
-        # A share of p_{k-1}, and the rest from the counts; where there are none, all of it.
-        share = torch.where(total > 0, DISCOUNT * kinds / total.clamp(min=1), 1.0).unsqueeze(-1)
-        kept = kept / total.clamp(min=1).unsqueeze(-1)
-        p = torch.full_like(number[..., 0, :], 1 / self.vocabulary)
+        """log p of what follows the last 0..K symbols of contexts int64 [... K] (-1: none), float32 [... V], and how
+        often each was followed by anything, [... K + 1]; without the occurrence of symbols ``own`` [...], if given."""
+        symbols = torch.arange(self.vocabulary, device=contexts.device)
+        hashed = self._hash(contexts).unsqueeze(-1)
+        whole = F.pad((contexts >= 0).cumprod(-1), (1, 0), value=1).unsqueeze(-1)
+        p, totals = torch.full((*contexts.shape[:-1], self.vocabulary), 1 / self.vocabulary, device=symbols.device), []
         for order in range(self.longest + 1):
-            p = kept[..., order, :] + share[..., order, :] * p
-        return p.clamp(min=1e-30).log(), total
+            slot, mark = self._place(hashed[..., order, :], symbols)
+            held = self.table[slot]
+            number = torch.where(held >> _COUNT_BITS == mark, held & 2**_COUNT_BITS - 1, 0) * whole[..., order, :]
+            if own is not None:
+                number = (number - (own.unsqueeze(-1) == symbols).int()).clamp(min=0)
+            total = number.sum(-1, keepdim=True)
+            passed_on = DISCOUNT * (number > 0).sum(-1, keepdim=True) * p
+            p = torch.where(total > 0, ((number - DISCOUNT).clamp(min=0) + passed_on) / total.clamp(min=1), p)
+            totals.append(total.float())
+        return p.clamp(min=1e-30).log(), torch.cat(totals, -1)
 
     def forward(self, logits: Tensor, contexts: Tensor, own: Tensor | None = None) -> Tensor:
         """log of the mixture, float32 [... V], of a network's logits [... V] and the table's law behind contexts
         [... K]; without the occurrence of symbols ``own`` [...] there, if given."""
         said, (counted, total) = logits.float().log_softmax(-1), self.law(contexts, own)
-        unsure = torch.stack([-(log_p.exp() * log_p).sum(-1) for log_p in (said, counted)], -1)
+        unsure = torch.stack([torch.special.entr(log_p.exp()).sum(-1) for log_p in (said, counted)], -1)
         told = torch.cat((total.log1p(), unsure, torch.ones_like(unsure[..., :1])), -1)
         trust = (told @ self.trust.float()).unsqueeze(-1)
         return torch.logaddexp(said + F.logsigmoid(-trust), counted + F.logsigmoid(trust))
