@@ -66,7 +66,7 @@ NOISE = {
     "noisy embeddings": ("gaussian_embedding", ["process.input=reals"]),
     "beliefs": ("gaussian_embedding", []),
 }
-# Of left to right: else what it has would depend on text and steps. No counts, which sub-words cannot have.
+# Of left to right: else what it has would depend on text and steps. No counts, which no other family has.
 NGRAMS, NO_NGRAMS = ({SPARSE: [], MASKED: [], LEFT: [f"network.ngrams={n}", "network.counts=0"]} for n in (5, 0))
 WRITING: list[dict[str, Any]] = [
     {"sampler": "random"},

@@ -10,14 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+from textdiffusion.config import read_config
 from textdiffusion.errors import UserError
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.counts import DISCOUNT, Counts, slots_for
 from textdiffusion.networks.preceding import preceding
 from textdiffusion.presets import configure
 from textdiffusion.process import Process, State
-from textdiffusion.run import build
+from textdiffusion.run import Run, build
+from textdiffusion.text.data import tokenize
+from textdiffusion.text.preparing import prepare_corpus
+from textdiffusion.text.tokenizer import Tokenizer
 from textdiffusion.training import preparation
+from textdiffusion.training.fit import fit
 from textdiffusion.training.preparation import prepare
 
 V, K = 6, 3
@@ -87,8 +92,8 @@ def test_what_is_learnt_from_is_left_out():
 
 def test_left_out_the_prior_costs_a_text_what_it_costs_another_of_its_kind():
     """In training as where nothing was counted: else a network would learn to trust what it will not have."""
-    tokens, other = text(20_000), text(20_000, seed=0)[::1]
-    learnt, new = torch.from_numpy(tokens[:10_000]), torch.from_numpy(other[10_000:])
+    tokens = text(20_000)
+    learnt, new = torch.from_numpy(tokens[:10_000]), torch.from_numpy(tokens[10_000:])
     counts = counted(tokens[:10_000])
 
     def nats(x, own):
@@ -104,11 +109,12 @@ def test_a_full_table_keeps_what_was_seen_most():
     roomy, tight = counted(tokens), counted(tokens, slots=2**8)
     contexts = torch.cartesian_prod(*[torch.arange(V)] * K)
     (_, full), (log_p, kept) = roomy.law(contexts), tight.law(contexts)
-    assert bool((kept <= full).all()) and 0.02 < float((kept[:, -1] > 0).float().mean()) < 0.9
+    # Not more than there was, but for the odd mark that agrees.
+    assert float((kept <= full).double().mean()) > 0.98 and 0.02 < float((kept[:, -1] > 0).float().mean()) < 0.9
     assert torch.allclose(log_p.exp().sum(-1), torch.ones(len(contexts)), atol=1e-5)
     assert float(kept[:, 1].mean()) > 0.5 * float(full[:, 1].mean()) and float(kept[0, 0]) > 0.8 * len(tokens)
     assert int((tight.table != 0).sum()) > 200
-    assert slots_for(1) == 2**10 and slots_for(60_000) == 2**17 and slots_for(10**9) == 2**23
+    assert slots_for(1) == 2**10 and slots_for(60_000) == 2**18 and slots_for(10**9) == 2**23
 
 
 def process(counts: int = K, **fields) -> Process:
@@ -118,44 +124,79 @@ def process(counts: int = K, **fields) -> Process:
 
 def test_what_is_said_is_a_mixture_whose_shares_are_learnt():
     made = process()
-    counts, x = made.network.counts, torch.from_numpy(text(24, seed=1)).view(2, 12)
+    network, x = made.network, torch.from_numpy(text(24, seed=1)).view(2, 12)
+    counts, inputs = network.counts, made._inputs(x)
     counts.count(text(2000))
-
-    def said() -> torch.Tensor:
-        logits = made.network(made._inputs(x))
-        return made._mixed(logits, x)
-
-    law = counts.law(counts.contexts(made._inputs(x)))[0]
+    law = counts.law(preceding(x, K))[0]  # behind the text itself: the start token is none of it
     # An untaught network says nothing, and has half of the word.
-    assert torch.allclose(said().exp(), 0.5 / V + 0.5 * law.exp(), atol=1e-6)
-    nll = -said().gather(-1, x.unsqueeze(-1)).sum((-1, -2))
+    assert torch.allclose(network(inputs).exp(), 0.5 / V + 0.5 * law.exp(), atol=1e-6)
+    nll = -network(inputs).gather(-1, x.unsqueeze(-1)).sum((-1, -2))
     assert torch.allclose(made.nll(x, Noise.of(0, 2)).total, nll.double(), atol=1e-4)
     with torch.no_grad():
-        made.network.head.weight.normal_()
-        for bias, there in ((50.0, law), (-50.0, made.network(made._inputs(x)).log_softmax(-1))):
+        network.head.weight.normal_()
+        for bias, there in ((50.0, law), (-50.0, network(inputs, alone=True).log_softmax(-1))):
             counts.trust[-1] = bias
-            assert torch.allclose(said(), there, atol=1e-4)
-            assert torch.allclose(said().exp().sum(-1), torch.ones(2, 12), atol=1e-5)
+            assert torch.allclose(network(inputs), there, atol=1e-4)
+            assert torch.allclose(network(inputs).exp().sum(-1), torch.ones(2, 12), atol=1e-5)
 
 
-def test_counts_teach_their_share_and_not_the_network():
-    """The network's gradient is that of its own law, counts or not."""
-    grads = []
-    for number in (K, 0):
-        made = process(number)
-        if number:
-            made.network.counts.count(text(2000))
-        with torch.no_grad():
-            made.network.head.weight.normal_(generator=torch.Generator().manual_seed(0))
-        loss = made.loss(torch.from_numpy(text(240)).view(20, 12), Noise.of(0, 20)).mean()
+def learnt(number: int, x: torch.Tensor, micro_batch: int, leak: bool = False) -> tuple[float, dict]:
+    """Loss and gradients of a batch that is read a few texts at a time."""
+    made = process(number)
+    if number:
+        made.network.counts.count(text(240))
+        if leak:
+            known = made.network.counts.law
+            made.network.counts.law = lambda contexts, own=None: known(contexts)
+    with torch.no_grad():
+        made.network.head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    total = 0.0
+    for part in torch.arange(len(x)).split(micro_batch):
+        loss = made.loss(x[part], Noise.of(0, len(x)).select(part)).sum() / len(x)
         loss.backward()
-        named = dict(made.network.named_parameters())
-        if number:
-            assert bool((named.pop("counts.trust").grad != 0).all())
-        grads.append((loss.item(), {name: p.grad for name, p in named.items()}))
-    (loss, mine), (other, theirs) = grads
-    assert loss == other and mine.keys() == theirs.keys()
+        total += loss.item()
+    return total, {name: p.grad for name, p in made.network.named_parameters()}
+
+
+def test_counts_teach_their_share_and_not_the_network_however_a_batch_is_cut():
+    x = torch.from_numpy(text(240)).view(20, 12)
+    (loss, mine), (other, theirs) = learnt(K, x, 20), learnt(0, x, 20)
+    trust = mine.pop("counts.trust")
+    assert bool((trust != 0).all()) and loss == other and mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    for micro_batch in (1, 3, 4, 7):
+        assert torch.allclose(learnt(K, x, micro_batch)[1]["counts.trust"], trust, rtol=1e-4, atol=1e-9)
+    # By the law of which these texts are left out: one that knows them would be trusted more.
+    leaky = learnt(K, x, 20, leak=True)[1]["counts.trust"]
+    assert leaky[-1] < 1.01 * trust[-1] < 0
+
+
+def test_a_training_counts_its_training_text_once(tmp_path):
+    (tmp_path / "my.txt").write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 60)
+    how = {"data": str(tmp_path / "my.txt"), "length": 12, "steps": 2, "depth": 1, "settings": ["training.batch=4"]}
+    list(fit(configure(family="autoregressive", **how), tmp_path / "run"))
+    config = read_config(tmp_path / "run")
+    corpus, tokenizer, _ = prepare(config, Tokenizer.load(tmp_path / "run"))
+    assert config.network["counts"] == 8
+    counts = Counts(8, config.vocabulary, config.network["slots"])
+    counts.count(tokenize(corpus, tokenizer)["train"].tokens)
+    assert torch.equal(Run.open(tmp_path / "run").load().network.counts.table, counts.table) and bool(
+        counts.table.any()
+    )
+    # One that begins with it counts its own text.
+    (tmp_path / "other.txt").write_text("Call me Ishmael. Some years ago it was a bright cold day in April. " * 60)
+    more = how | {"data": str(tmp_path / "other.txt"), "init_from": str(tmp_path / "run")}
+    del more["depth"]
+    list(fit(configure(family="autoregressive", **more), tmp_path / "next"))
+    assert not torch.equal(Run.open(tmp_path / "next").load().network.counts.table, counts.table)
+    # Prepared corpora are not counted, and a run with counts does not begin one on them.
+    prepare_corpus(str(tmp_path / "other.txt"), tmp_path / "prepared", tokenizer=f"hf:{tmp_path / 'run'}", workers=1)
+    elsewhere = how | {"data": str(tmp_path / "prepared")}
+    assert "counts" not in prepare(configure(family="masked", **elsewhere))[2].network
+    assert prepare(configure(family="autoregressive", **elsewhere))[2].network["counts"] == 0
+    for refused in (elsewhere | {"settings": ["network.counts=3"]}, more | {"data": str(tmp_path / "prepared")}):
+        with pytest.raises(UserError, match=r"network\.counts are of a text that is read whole"):
+            prepare(configure(family="autoregressive", **refused))
 
 
 def test_the_average_of_the_weights_reads_the_same_table():
@@ -174,8 +215,7 @@ def test_texts_are_written_by_the_law_that_is_their_likelihood():
         for name, p in made.network.named_parameters():
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
         x = torch.from_numpy(text(24, seed=2)).view(2, 12)
-        whole = made.predict(State(x.clone(), torch.zeros(2)))
-        logits = made._mixed(made.network(made._inputs(x)), x)
+        logits = made.network(made._inputs(x))
         memory = None
         for i in range(12):
             shown = torch.where(torch.arange(12) < i, x, made.mask)
@@ -183,7 +223,6 @@ def test_texts_are_written_by_the_law_that_is_their_likelihood():
             said = made.predict(State(shown, torch.zeros(2), memory=memory), at)
             memory = said.memory
             assert torch.allclose(said.log_p, logits[:, i].log_softmax(-1), atol=1e-5)
-    assert whole.log_p.shape == (2, 12, V)
 
 
 def test_who_has_counts(tmp_path, monkeypatch):
@@ -201,7 +240,7 @@ def test_who_has_counts(tmp_path, monkeypatch):
         )
         return prepare(config)[2].network
 
-    assert made("autoregressive")["counts"] == 8 and made("autoregressive")["slots"] == 2**14
+    assert made("autoregressive")["counts"] == 8 and made("autoregressive")["slots"] == 2**15
     assert made("autoregressive", "char", "network.counts=0")["counts"] == 0
     assert made("autoregressive", "byte")["counts"] == 8 and made("autoregressive", "bpe:300")["counts"] == 0
     assert all("counts" not in made(family) for family in ("masked", "block"))

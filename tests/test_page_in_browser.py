@@ -185,10 +185,10 @@ def begin_long_job(tab) -> None:
 def counted(served, name: str) -> list[int]:
     """Counts the network calls of a run, from now on."""
     process, calls = served[0].runs[name].model.writer, [0]
-    network = getattr(process.network, "counts", process.network)
+    network = getattr(process.network, "counted", process.network)
 
     class Counting:
-        counts = network
+        counted = network
 
         def __call__(self, *args, **kwargs):
             calls[0] += 1

@@ -182,7 +182,10 @@ class Comparison:
         if resume:
             there = read_config(path)
             for field in ("family", "tokenizer", "network"):
-                if (old := getattr(there, field)) != (new := getattr(config, field)):
+                old, new = getattr(there, field), getattr(config, field)
+                if field == "network":  # what its text decides is in the run's alone
+                    old = {name: value for name, value in old.items() if name in new}
+                if old != new:
                     raise UserError(f"{path} is a run with another {field}, {old} and not {new}; choose another --out")
             if there.data != config.data:
                 raise UserError(f"{path} is a run on another text, {there.data.source}; choose another --out")

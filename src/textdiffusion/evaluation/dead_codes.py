@@ -12,7 +12,7 @@ from torch import Tensor
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.process import Prediction
 
-FEWEST = 256  # windows that the share is read off, if there are so many
+MOST, AT_ONCE = 256, 16  # windows that the share is read off, and in one call
 
 
 @runtime_checkable
@@ -30,16 +30,22 @@ def dead_codes(
 ) -> float | None:
     """Mean share of a token's law that lies on codes of no token, at the last of ``calls`` calls, which draws it.
 
-    The text is held-out windows (the first 256 of the longest), made as noisy as that call finds it. None for a family
-    that gives such codes no chance.
+    The text is held-out windows (the first 256 of the longest), made as noisy as that call finds it and read afresh,
+    with self-conditioning in two passes. None for a family that gives such codes no chance.
     """
     if not isinstance(process, HasDeadCodes):
         return None
     length = max(len(window) for window in windows)
-    x_0 = torch.from_numpy(np.stack([w for w in windows if len(w) == length][:FEWEST]).astype(np.int64)).to(device)
-    every = torch.ones_like(x_0, dtype=torch.bool)
-    last = process.plan(every[0], calls, next(iter(process.steps)))[-2]  # type: ignore[attr-defined]
-    noise = Noise.of(seed, len(x_0), device=device)
-    state = process.q_sample(x_0, torch.full((len(x_0),), last, dtype=torch.float64, device=device), noise)  # type: ignore[attr-defined]
-    share = process.dead_share(process.predict(state, every))  # type: ignore[attr-defined]
-    return None if share is None else float(share.double().mean())
+    text = torch.from_numpy(np.stack([w for w in windows if len(w) == length][:MOST]).astype(np.int64)).to(device)
+    step: Any = next(iter(process.steps))  # type: ignore[attr-defined]
+    last = process.plan(torch.ones_like(text[0], dtype=torch.bool), calls, step)[-2]  # type: ignore[attr-defined]
+    shares, noise = [], Noise.of(seed, len(text), device=device)
+    for part in torch.arange(len(text)).split(AT_ONCE):
+        x_0 = text[part]
+        t = torch.full((len(x_0),), last, dtype=torch.float64, device=device)
+        state = process.q_sample(x_0, t, noise.select(part))  # type: ignore[attr-defined]
+        share = process.dead_share(process.predict(state, torch.ones_like(x_0, dtype=torch.bool)))  # type: ignore[attr-defined]
+        if share is None:
+            return None
+        shares.append(share.double())
+    return float(torch.cat(shares).mean())

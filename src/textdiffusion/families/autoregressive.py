@@ -6,10 +6,9 @@ loss        Cross-entropy of every token.
 likelihood  Exact, at L calls, no more and no fewer.
 sampling    Left to right with a key-value cache. Past the training window the older half of the window is forgotten and
             the rest encoded again, so that the network never sees a text longer than it was trained on.
-departs from the usual in: a mixture with what was counted of the training text (networks/counts.py; of characters
-            and bytes; network.counts=0: none). Windows, start token and network are those of the others, but for the
-            n-gram embeddings that families from left to right have in a training of few passes over its text
-            (networks/ngrams.py; network.ngrams=0: none).
+departs from the usual in: windows, start token and network are those of the others, but for n-gram embeddings, in a
+            training of few passes over its text (networks/ngrams.py; network.ngrams=0: none), and a mixture with what
+            was counted of it (networks/counts.py; by default of characters and bytes; network.counts=0: none).
 """
 
 from __future__ import annotations
@@ -22,13 +21,14 @@ import torch
 from torch import Tensor
 
 from textdiffusion.diffusion.absorbing import Hiding, carry_over, hidden_evidence
+from textdiffusion.diffusion.conditioning import at_least_one
 from textdiffusion.diffusion.ordering import LeftToRight
 from textdiffusion.errors import UserError
 from textdiffusion.mathematics.cross_entropy import token_nats
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.process import Context, Network, Nll, Prediction, State, as_network
 
-COUNTED_SHARE = 8  # of so many texts one teaches how far counts are trusted
+TEACHES, SOFTLY = 8, 1e-3  # of so many texts one teaches how far counts are trusted, and how loudly
 
 
 @dataclass
@@ -86,19 +86,7 @@ class Autoregressive(Hiding):
         else:
             logits, memory = self.network(self._inputs(state.x), condition=condition, positions=positions), None
         symbols = state.x if positions is None else state.x[positions]
-        return Prediction(carry_over(self._mixed(logits, state.x, positions), symbols, self.mask), memory=memory)
-
-    @property
-    def _counts(self) -> Any:
-        """What the network's run counted of its text, or None."""
-        return getattr(self.network, "counts", None)
-
-    def _mixed(self, logits: Tensor, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """What is said of texts x [B L]: logits, or the log of a mixture of the network's law and that of counts."""
-        if self._counts is None:
-            return logits
-        contexts = self._counts.contexts(self._inputs(x))
-        return self._counts(logits, contexts if positions is None else contexts[positions])
+        return Prediction(carry_over(logits, symbols, self.mask), memory=memory)
 
     def _read_on(self, state: State, positions: Tensor, condition: Tensor | None) -> tuple[Tensor, _Read | None]:
         """Outputs [B V] at one position a row, reading only what the cache has not read yet."""
@@ -125,16 +113,20 @@ class Autoregressive(Hiding):
         return self.network(inputs, condition=condition, positions=last, cache=cache, at=local), _Read(cache, start)
 
     def loss(self, x_0: Tensor, noise: Noise, condition: Tensor | None = None) -> Tensor:
-        """Nats per token [B]: the negative log-likelihood, but for counts, over the length."""
+        """Nats per token [B] of the network's own law: the negative log-likelihood, but for counts, over the length."""
         inputs = self._inputs(x_0)
-        logits = self.network(inputs, condition=condition)
+        counts = getattr(self.network, "counts", None)
+        logits = self.network(inputs, condition=condition, **({} if counts is None else {"alone": True}))
         nats = token_nats(logits.flatten(0, 1), x_0.flatten()).view(x_0.shape).sum(-1)
-        if self._counts is not None:
-            # How far counts are trusted is few numbers, which a few texts teach; the network does not learn by it.
-            few = slice(max(1, len(x_0) // COUNTED_SHARE))
-            mixed = self._counts(logits[few].detach(), self._counts.contexts(inputs[few]), x_0[few])
+        if counts is not None:
+            # How far counts are trusted is few numbers, which a few of a batch's texts teach, by what is detached from
+            # the network: so little that the clipping of gradients does not feel it, and Adam does not mind.
+            teaches = torch.from_numpy(noise.rows % TEACHES == 0).to(x_0.device)
+            few = at_least_one(teaches)
+            mixed = counts(logits[few].detach(), counts.contexts(inputs[few]), x_0[few])
             more = token_nats(mixed.flatten(0, 1), x_0[few].flatten()).view(x_0[few].shape).sum(-1)
-            nats = torch.cat((nats[few] + more - more.detach(), nats[few.stop :]))
+            more = SOFTLY * teaches[few] * (more - more.detach())
+            nats = nats.index_add(0, few, more.to(nats.dtype))
         return nats / x_0.shape[1]
 
     def nll(self, x_0: Tensor, noise: Noise, calls: int | None = None) -> Nll:
@@ -143,7 +135,7 @@ class Autoregressive(Hiding):
             raise UserError(
                 f"the autoregressive family takes {x_0.shape[1]} calls for {x_0.shape[1]} tokens, not {calls}"
             )
-        logits = self._mixed(self.network(self._inputs(x_0)), x_0)
+        logits = self.network(self._inputs(x_0))
         diffusion = token_nats(logits.flatten(0, 1), x_0.flatten()).view(x_0.shape).sum(-1).double()
         zero = torch.zeros_like(diffusion)
         return Nll(diffusion, zero, zero, "exact", "left-to-right", x_0.shape[1])

@@ -33,6 +33,7 @@ def landmarks(config: TransformerConfig) -> dict[str, tuple[int, ...] | None]:
             f"blocks.{config.depth - 1}.up.weight": (int(config.width * config.expansion), config.width),
             f"blocks.{config.depth}.up.weight": None,
             "position": (config.window, config.width) if config.positions == "learned" else None,
+            "counts.table": (config.slots,) if config.counts else None,
         }
     return named | {
         "embedding.weight": (read, config.inputs) if config.reals else (config.inputs, read),

@@ -30,6 +30,8 @@ def preceding(x: Tensor, number: int, halves: bool = False, block: int = 1) -> T
 
 def recalled(at: Tensor, number: int, symbols: Tensor, places: Tensor) -> Tensor:
     """The same of positions ``at`` [B n], from a cache: symbols [B W], and the positions in its slots, [B W]."""
+    if not number:
+        return at.new_empty(*at.shape, 0)
     source = at.unsqueeze(-1) - torch.arange(1, number + 1, device=at.device)
     slot = source % symbols.shape[1]
     there = places.gather(1, slot.flatten(1)).view(source.shape) == source

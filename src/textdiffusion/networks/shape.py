@@ -30,7 +30,7 @@ class TransformerConfig:
     positions: Literal["learned", "rotary"] = "learned"
     ngrams: int = 0  # hashed embeddings of the symbols up to a position, 2 .. so many of them; 0 leaves them out
     counts: int = 0  # a prior of what followed the last 0 .. so many symbols in the training text; 0 leaves it out
-    slots: int = 2**16  # of the table of counts: a power of two, about the tokens of the text
+    slots: int = 2**16  # of the table of counts: a power of two, some times the tokens of the text
     convolution: int = 5  # taps of the depthwise convolutions; 0 leaves them out
     expansion: float = 4.0  # width of the feed-forward part over the width
     dropout: float = 0.0
@@ -62,8 +62,8 @@ class TransformerConfig:
             raise UserError(f"network.ngrams must be 0, or from 2 to 8, not {self.ngrams}")
         if not 0 <= self.counts <= 8:
             raise UserError(f"network.counts must be from 0 to 8, not {self.counts}")
-        if not 1 <= self.slots <= 2**30 or self.slots & self.slots - 1:
-            raise UserError(f"network.slots must be a power of two, not {self.slots}")
+        if not 1 <= self.slots <= 2**26 or self.slots & self.slots - 1:
+            raise UserError(f"network.slots must be a power of two, at most 2^26, not {self.slots}")
         if self.positions == "rotary" and self.width // self.heads % 2:
             raise UserError("rotary positions need an even network.width / network.heads")
         if self.attention == "block" and self.block_length > self.window:

@@ -133,7 +133,7 @@ class Transformer(TextNetwork):
     """Symbols in, context outputs out.
 
     ``forward(x, t=None, condition=None, positions=None, cache=None, at=None, halves=False, estimate=None,
-    candidates=None, log_p=None)``:
+    candidates=None, log_p=None, alone=False)``:
         x: symbols, int64 [B L]; or reals [B L inputs], if ``config.reals``.
         t: times in [0, 1], [B]; or [B L], each position standing at its row's time or, without noise, at 0. Needed if
             and only if ``config.time``.
@@ -146,6 +146,7 @@ class Transformer(TextNetwork):
         estimate: what the network said before, [B L estimates]; None: nothing.
         candidates, log_p: for ``config.candidates``: symbols int64 [B L K] and their log-probabilities [B L K], which
             are read in the place of x.
+        alone: with ``config.counts``: what the network itself says, without them; in training.
     Returns outputs [B L V], or [N V] for the N asked positions in row-major order, in the compute type.
     """
 
@@ -162,7 +163,6 @@ class Transformer(TextNetwork):
         conditioned = config.time or config.classes > 0
         self.blocks = nn.ModuleList(Block(config, conditioned) for _ in range(config.depth))
         self.head = Linear(width, config.outputs)
-        # Used by the family, on what this network says (families/autoregressive.py).
         self.counts = Counts(config.counts, config.outputs, config.slots) if config.counts else None
         self.initialise()
 
@@ -238,6 +238,7 @@ class Transformer(TextNetwork):
         estimate: Tensor | None = None,
         candidates: Tensor | None = None,
         log_p: Tensor | None = None,
+        alone: bool = False,
     ) -> Tensor:
         length = x.shape[1] // 2 if halves else x.shape[1]
         if cache is None and length > self.config.window:
@@ -274,7 +275,13 @@ class Transformer(TextNetwork):
             view = replace(view, taps=self.blocks[0].conv_attention.taps(at, cache.places))  # type: ignore[union-attr,operator]
         for layer, block in enumerate(self.blocks):
             h = block(h, c, view, cache, layer)
-        return self.answer(h, positions)
+        out = self.answer(h, positions)
+        if self.counts is None or alone:
+            return out
+        seen = None if cache is None else recalled(at, self.config.counts - 1, cache.symbols, cache.places)
+        contexts = self.counts.contexts(x, at, seen)
+        mixed: Tensor = self.counts(out, contexts if positions is None else contexts[positions])
+        return mixed
 
     def _view(self, at: Tensor, seen: Tensor, halves: bool) -> View:
         """What positions ``at`` [n] or [B n] see of those at ``seen`` [m] or [B m], -1 being none."""

@@ -204,10 +204,12 @@ def _train(
     process = build(config)
     network: Any = process.network
     checkpoints = Checkpoints(path / "checkpoints", group)
-    if config.init_from and not (resume and checkpoints.whole()):
-        fill(network, config)  # also of a run that was killed before its first checkpoint
-    if getattr(network, "counts", None) is not None and isinstance(text.windows, Windows):
-        network.counts.count(text.windows.tokens)
+    if not (resume and checkpoints.whole()):  # also of a run that was killed before its first checkpoint
+        if config.init_from:
+            fill(network, config)
+        if getattr(network, "counts", None) is not None:
+            assert isinstance(text.windows, Windows)  # prepared corpora are refused (preparation.py)
+            network.counts.count(text.windows.tokens)
     parameters = count_parameters(network)
     shard = sharded(parallel, group, parameters)
     if not shard:

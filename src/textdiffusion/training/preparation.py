@@ -8,7 +8,7 @@ import hashlib
 from textdiffusion.config import RunConfig
 from textdiffusion.errors import UserError
 from textdiffusion.families import family
-from textdiffusion.networks.counts import LONGEST, MOST_SYMBOLS, slots_for
+from textdiffusion.networks.counts import LONGEST, MOST_SYMBOLS, MOST_TOKENS, slots_for
 from textdiffusion.networks.ngrams import longest_for
 from textdiffusion.text.data import Corpus, fingerprint, load_corpus, tokenize
 from textdiffusion.text.shards import TrainingText, is_prepared, open_mixture, training_text
@@ -59,10 +59,12 @@ def prepare(
             # What stands before a position is there in full only where text is written from left to right.
             passes = _passes(config, corpus, tokenizer, device)
             network = {"ngrams": longest_for(passes)} | network
-        if config.family == "autoregressive" and not is_prepared(config.data.source):
-            network = {"counts": LONGEST if tokenizer.vocabulary <= MOST_SYMBOLS else 0} | network
+        size = sum(map(len, corpus.train))
+        if config.family == "autoregressive":
+            known = tokenizer.kind in ("char", "byte") and tokenizer.vocabulary <= MOST_SYMBOLS
+            network = {"counts": LONGEST if known and 0 < size <= MOST_TOKENS else 0} | network
         if network.get("counts"):
-            network = {"slots": slots_for(sum(map(len, corpus.train)))} | network
+            network = {"slots": slots_for(size)} | network
     if network.get("counts") and is_prepared(config.data.source):
         raise UserError(
             "network.counts are of a text that is read whole; leave them out with prepared corpora "
