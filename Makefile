@@ -6,6 +6,7 @@ READY := $(VENV)/ready
 .PHONY: demo test slow bench lint clean
 
 $(READY): pyproject.toml constraints.txt
+	@echo "installing into $(VENV): torch and what it brings are some two gigabytes, which takes minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,viz]'
 	touch $(READY)

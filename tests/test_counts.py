@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from textdiffusion.config import read_config
+from textdiffusion.config import TrainingConfig, read_config
 from textdiffusion.errors import UserError
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.networks.counts import DISCOUNT, Counts, slots_for
@@ -23,6 +23,7 @@ from textdiffusion.text.preparing import prepare_corpus
 from textdiffusion.text.tokenizer import Tokenizer
 from textdiffusion.training import preparation
 from textdiffusion.training.fit import fit
+from textdiffusion.training.learning import Learner
 from textdiffusion.training.preparation import prepare
 
 V, K = 6, 3
@@ -205,6 +206,18 @@ def test_the_average_of_the_weights_reads_the_same_table():
     net.counts.count(text(2000))
     assert other.counts.table.data_ptr() == net.counts.table.data_ptr() and other.counts.trust is not net.counts.trust
     assert torch.equal(other.state_dict()["counts.table"], net.counts.table) and bool(net.counts.table.any())
+
+
+def test_a_checkpoint_holds_the_table_once():
+    learner = Learner(process().network, TrainingConfig(steps=5, batch=4))
+    learner.network.counts.count(text(2000))
+    kept = {name: tensor.clone() for name, tensor in learner.tensors().items()}
+    assert [name for name in kept if name.endswith("counts.table")] == ["network.counts.table"]
+    assert "average.counts.trust" in kept
+    other = Learner(process().network, TrainingConfig(steps=5, batch=4))
+    other.restore(kept, learner.numbers())
+    for network in (other.network, other.average.module):
+        assert torch.equal(network.counts.table, kept["network.counts.table"]) and bool(network.counts.table.any())
 
 
 def test_texts_are_written_by_the_law_that_is_their_likelihood():

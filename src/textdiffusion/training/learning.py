@@ -181,10 +181,16 @@ class Learner:
         return [self.adamw, *self.muons]
 
     # -- state ----------------------------------------------------------------------------------------------------
+    def _shared(self) -> set[str]:
+        """What the average has from the network as it is, for it is not learnt (the table of counts): kept once."""
+        averaged = dict(self.average.module.named_buffers())
+        return {name for name, buffer in self.network.named_buffers() if averaged[name] is buffer}
+
     def tensors(self) -> dict[str, Tensor]:
         """All that a resumed run needs, by flat name, shards of it where weights are; counters are in ``numbers``."""
         flat = {f"network.{k}": v for k, v in self.network.state_dict().items()}
-        flat |= {f"average.{k}": v for k, v in self.average.module.state_dict().items()}
+        shared = self._shared()
+        flat |= {f"average.{k}": v for k, v in self.average.module.state_dict().items() if k not in shared}
         for i, optimizer in enumerate(self.optimizers):
             for j, entries in optimizer.state_dict()["state"].items():
                 flat |= {f"optimizer.{i}.{j}.{k}": torch.as_tensor(v) for k, v in entries.items()}
@@ -204,7 +210,8 @@ class Learner:
             head, tail = name.split(".", 1)
             parts[head][tail] = value
         self.network.load_state_dict(parts["network"])
-        self.average.module.load_state_dict(parts["average"])
+        shared = {name: parts["network"][name] for name in self._shared()}
+        self.average.module.load_state_dict(shared | parts["average"])
         # AveragedModel copies on its first update unless it has been updated before.
         self.average.n_averaged.fill_(int(numbers["step"]))
         states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
