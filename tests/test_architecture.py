@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "textdiffusion"
 # Folders, and the files that stand in none.
 FLOORS = [
-    {"errors", "files", "tensors", "mathematics", "networks", "parallel", "text", "machine"},
+    {"errors", "files", "progress", "tensors", "mathematics", "networks", "parallel", "text", "machine"},
     {"process", "diffusion"},
     {"families"},
     {"settings", "sampling", "evaluation"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -15,7 +16,7 @@ import torch
 from textdiffusion.config import RunConfig
 from textdiffusion.diffusion.drafts import HasDraft
 from textdiffusion.diffusion.guidance import Guidance
-from textdiffusion.display.frames import TextFrame, revises
+from textdiffusion.display.frames import TextFrame, revises, written
 from textdiffusion.display.replay.canvas import save_replay as write_replay
 from textdiffusion.display.replay.recording import Panel, Recording, recorded
 from textdiffusion.display.watching import watch
@@ -292,9 +293,9 @@ class Model:
         check_writing(n)
         if reproducible and self.precision != "fp32":
             exact = Model(self.process, self.tokenizer, self.config, self.device, "fp32", self.group)
-            written = exact.sample_counted(n, length, calls, reproducible=True, **how)
+            made_exact = exact.sample_counted(n, length, calls, reproducible=True, **how)
             self.used = exact.used
-            return written
+            return made_exact
         if how.get("words") is not None:
             how["words"] = read_words(how["words"])  # once, for all batches
         texts: list[str] = []
@@ -306,7 +307,8 @@ class Model:
             if number % self.group.size != self.group.rank:
                 continue  # another process writes those
             part = size if reproducible else min(size, n - first)
-            *_, last = self.stream(part, length, calls, **how, first_row=first)
+            frames = self.stream(part, length, calls, **how, first_row=first)
+            last = written(frames, first / n, min(1.0, (first + part) / n))
             texts += last.texts
             made += last.frame.calls.tolist()
         if self.group.size > 1:
@@ -339,7 +341,8 @@ class Model:
         if how.get("words") is not None:
             how["words"] = read_words(how["words"])
         size = self._together(how.get("length"), how, BATCH)
-        parts = [list(self.stream(min(size, n - first), **how, first_row=first))[-1] for first in range(0, n, size)]
+        cuts = itertools.pairwise([*range(0, n, size), n])
+        parts = [written(self.stream(b - a, **how, first_row=a), a / n, b / n) for a, b in cuts]
         texts, tokens = [text for part in parts for text in part.texts], torch.cat([p.frame.tokens for p in parts])
         label = None if (name := how.get("label")) is None else self.config.labels.index(name)
         seed, tokenizer = how.get("seed", 0), self.tokenizer

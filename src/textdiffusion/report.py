@@ -181,7 +181,7 @@ def report(
     if labels is not None:
         unlabelled = evaluate(
             process, windows, model.tokenizer.characters, model.tokenizer.spelling, draws=draws, seed=seed,
-            device=model.device,
+            device=model.device, what="held-out text without its labels",
         ).figure  # fmt: skip
     unknown = model.tokenizer.unknown
     unseen = 0 if unknown is None else int(sum((w == unknown).sum() for w in windows))

@@ -15,6 +15,7 @@ from textdiffusion.commands.describing import make_converted, show_doctor, show_
 from textdiffusion.commands.flags import parser_of
 from textdiffusion.errors import ElsewhereError, UserError, lost
 from textdiffusion.parallel.launching import rank
+from textdiffusion.progress import shown
 from textdiffusion.settings import check_device, check_grid, check_label, check_parallel, check_replay, check_writing
 
 if TYPE_CHECKING:
@@ -261,7 +262,8 @@ def _write(args: argparse.Namespace, model: Model) -> int:
         save_replay(recording, args.save_replay)
         texts, calls = recording.panels[0].texts, recording.panels[0].steps[-1]["calls"]
     else:
-        texts, calls = model.sample_counted(args.n, args.length, args.calls, reproducible=args.reproducible, **how)
+        with shown(args.json or _RANK != 0):
+            texts, calls = model.sample_counted(args.n, args.length, args.calls, reproducible=args.reproducible, **how)
     if not model.group.main:
         return 0
     found: list[dict[str, Any]] = [{"text": t, "calls": c} for t, c in zip(texts, calls)]
@@ -283,7 +285,8 @@ def _write(args: argparse.Namespace, model: Model) -> int:
 
 
 def _best(args: argparse.Namespace, model: Model, how: dict[str, Any]) -> int:
-    found = model.best(args.best, args.n, length=args.length, calls=args.calls, **how)
+    with shown(args.json):
+        found = model.best(args.best, args.n, length=args.length, calls=args.calls, **how)
     if args.json:
         ranked = [{"text": text} | vars(figure) for text, figure in found]
         print(json.dumps({"samples": ranked, "of": args.n, "seed": args.seed}, ensure_ascii=False))
@@ -356,11 +359,12 @@ def _eval(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace, path: Path, model: Model, calls: list[int]) -> int:
     from textdiffusion.report import report
 
-    result = report(
-        model, data=args.data, split=args.split, calls=calls, sampler=args.sampler, tokens=args.eval_tokens,
-        draws=args.draws, samples=args.samples, seed=args.seed, length=args.length, temperature=args.temperature,
-        top_p=args.top_p, grid=args.grid, keep=path if args.keep_grid else None,
-    )  # fmt: skip
+    with shown(args.json or _RANK != 0):
+        result = report(
+            model, data=args.data, split=args.split, calls=calls, sampler=args.sampler, tokens=args.eval_tokens,
+            draws=args.draws, samples=args.samples, seed=args.seed, length=args.length, temperature=args.temperature,
+            top_p=args.top_p, grid=args.grid, keep=path if args.keep_grid else None,
+        )  # fmt: skip
     if not model.group.main:
         return 0
     if args.json:

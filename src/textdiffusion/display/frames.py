@@ -22,6 +22,7 @@ import torch
 
 from textdiffusion.errors import UserError
 from textdiffusion.process import Gaussian, Process
+from textdiffusion.progress import tell
 from textdiffusion.sampling.reverse import Frame
 from textdiffusion.text.tokenizer import Tokenizer
 
@@ -91,6 +92,14 @@ class TextFrame:
             out.append(BLANK)
             run = []
         return "".join(out[:-1])
+
+
+def written(frames: Iterable[TextFrame], begin: float, end: float) -> TextFrame:
+    """The last of the frames, which bring what is written from a share of all, ``begin``, to another: who watches is
+    told (progress.py)."""
+    for frame in frames:
+        tell("writing", begin + (end - begin) * frame.frame.step / max(frame.frame.of, 1))
+    return frame
 
 
 def pieces_of(tokens: Sequence[int], names: Sequence[str], raw: Sequence[bytes]) -> list[str]:

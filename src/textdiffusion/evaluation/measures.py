@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from textdiffusion.errors import UserError
 from textdiffusion.mathematics.noise import Noise
 from textdiffusion.parallel.distributed import ALONE, Group
 from textdiffusion.process import HasCurve, Kind, Process
+from textdiffusion.progress import tell
 from textdiffusion.sampling.deterministic_order import order_nll
 from textdiffusion.text.data import WORD
 
@@ -97,6 +99,7 @@ def evaluate(
     labels: np.ndarray | None = None,
     device: torch.device | str = "cpu",
     group: Group = ALONE,
+    what: str = "held-out text",
 ) -> Report:
     """Bits per character of held-out windows.
 
@@ -115,6 +118,7 @@ def evaluate(
         batch: windows in a network call; None: up to 128, and at most 2^24 logits.
         labels: int64 [windows], -1 for none: what each window costs given its label.
         group: processes that share the work, all with these same arguments; each gets all figures.
+        what: the windows are, for who watches (progress.py).
     Raises:
         UserError: a sampler that is not there, or without a known bound.
     """
@@ -132,6 +136,11 @@ def evaluate(
     kinds: list[tuple[Kind, str, int | None]] = []
     terms = np.zeros((len(budgets) + len(followed), len(TERMS)))
     curve: list[float] = []
+    read, orders = 0, len(followed) + 1
+
+    def advance(share: float, order: int = 0) -> None:
+        tell(f"reading {what}", (read + len(chosen) * (order + share) / orders) / len(windows))
+
     for length in sorted({len(w) for w in windows}):
         chosen = np.array([i for i, w in enumerate(windows) if len(w) == length])
         x = torch.from_numpy(np.stack([windows[i] for i in chosen]).astype(np.int64)).to(device)
@@ -144,18 +153,22 @@ def evaluate(
                 # figures are as unbiased, but there is no curve, and they are less sharp.
                 needed = -(-2 * length // len(chosen))
                 copies = max(draws, needed if needed <= max(draws, MOST_COPIES) else draws)
-            curve, sums = _by_curve(process, x, marks, sizes[chosen], budgets, sampler, copies, seed, size, group)
+            curve, sums = _by_curve(
+                process, x, marks, sizes[chosen], budgets, sampler, copies, seed, size, group, advance
+            )
         else:
             if calls and sampler not in (None, next(iter(process.steps))):
                 raise UserError(
                     f"no bound is known for the sampler {sampler!r}; there is one for {next(iter(process.steps))}"
                 )
-            sums = _by_draws(process, x, marks, sizes[chosen], budgets, draws, seed, size, group)
-        sums += [_by_order(process, x, marks, sizes[chosen], budget, ruled, size) for budget in followed]
+            sums = _by_draws(process, x, marks, sizes[chosen], budgets, draws, seed, size, group, advance)
+        for order, budget in enumerate(followed, 1):
+            sums.append(_by_order(process, x, marks, sizes[chosen], budget, ruled, size, partial(advance, order=order)))
         for j, part in enumerate(sums):
             totals[j] += part.nats
             terms[j] += np.nan if part.parts is None else part.parts
             spread[j, chosen] = part.spread
+        read += len(chosen)
         kinds = [(part.kind, part.sampler, part.calls) for part in sums]  # of the longest windows in the end
     spelt = 0.0
     if spelling is not None:
@@ -186,10 +199,11 @@ def _by_draws(
     seed: int,
     batch: int,
     group: Group,
+    advance: Callable[[float], None],
 ) -> list[_Sums]:
     """Each budget by itself, from draws of ``process.nll``; a family with an exact likelihood has the first alone."""
     out: list[_Sums] = []
-    for budget in budgets:
+    for number, budget in enumerate(budgets):
         if out and out[0].kind == "exact":
             break
         terms, draw = np.zeros((len(TERMS), len(x))), 0
@@ -200,6 +214,8 @@ def _by_draws(
                 nll = model.nll(x[part], Noise(seed, np.arange(len(x))[part], len(x), draw, x.device), budget)
                 if own:
                     terms[:, part] += np.stack([getattr(nll, name).double().cpu().numpy() for name in TERMS])
+                done = (draw + min(begin + batch, len(x)) / len(x)) / draws
+                advance(done * draws if nll.kind == "exact" else (number + done) / len(budgets))
             draw += 1
             if nll.kind == "exact" or draw == draws:
                 break
@@ -211,12 +227,16 @@ def _by_draws(
 
 
 def _by_order(
-    process: Process, x: Tensor, labels: Tensor | None, sizes: np.ndarray, calls: int, sampler: str, batch: int
-) -> _Sums:
+    process: Process, x: Tensor, labels: Tensor | None, sizes: np.ndarray, calls: int, sampler: str, batch: int,
+    advance: Callable[[float], None],
+) -> _Sums:  # fmt: skip
     """The exact likelihood of a sampler that chooses positions by a rule."""
     parts = [slice(begin, begin + batch) for begin in range(0, len(x), batch)]
     models = [process if labels is None else told(process, labels[part]) for part in parts]
-    found = [order_nll(model, x[part], calls, sampler) for model, part in zip(models, parts, strict=True)]
+    found = []
+    for model, part in zip(models, parts, strict=True):
+        found.append(order_nll(model, x[part], calls, sampler))
+        advance(len(found) / len(parts))
     nats = torch.cat([nll.total for nll in found]).double().cpu().numpy()
     made = max(nll.calls or 0 for nll in found)
     return _Sums(float(nats.sum()), nats - nats.sum() / sizes.sum() * sizes, "exact", sampler, made)
@@ -233,6 +253,7 @@ def _by_curve(
     seed: int,
     batch: int,
     group: Group,
+    advance: Callable[[float], None],
 ) -> tuple[list[float], list[_Sums]]:
     """Curve in nats by number shown (empty if too few examples for all its points), and the sums of every budget.
 
@@ -259,6 +280,7 @@ def _by_curve(
         points = model.curve_point(x[window[part]], hidden[part], noise).double().cpu().numpy()
         if own:
             values[part] = points
+        advance(float(part[-1] + 1) / examples)
     values = group.total(values)
     count = np.bincount(n, minlength=length + 1).astype(float)
     # A window of more characters is expected to hold more nats.

@@ -33,7 +33,10 @@ def rank(
         ids = row[row >= 0].cpu().numpy()
         parts = [ids[i : i + window] for i in range(0, max(len(ids), 1), window)]
         labels = None if label is None else np.full(len(parts), label)
-        said = evaluate(process, parts, characters, labels=labels, draws=draws, seed=seed, device=texts.device)
+        said = evaluate(
+            process, parts, characters, labels=labels, draws=draws, seed=seed, device=texts.device,
+            what=f"text {number + 1} of {len(texts)}",
+        )  # fmt: skip
         figures.append((number, said.figure))
         costs[number] = said.figure.bits_per_char * float(characters[ids].sum())
     return sorted(figures, key=lambda pair: costs[pair[0]])
