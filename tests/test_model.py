@@ -174,6 +174,10 @@ def test_what_samplers_go_by_can_be_set_when_sampling(folder, capsys):
         ("network.depth=2", "network.depth of a run of analog_bits cannot be changed"),
     ):
         assert main([*words, "--set", setting]) == 2 and line in capsys.readouterr().err
+    # Nor is a setting left out without a word by another sampler.
+    for sampler in ([], ["--sampler", "dpm"]):
+        assert main(["sample", str(run), *sampler, "--set", "process.delta=3"]) == 2
+        assert "process.delta is of the sampler ddim alone; add --sampler ddim" in capsys.readouterr().err
 
 
 def test_infilling(masked, pieces):

@@ -223,8 +223,11 @@ def test_the_kept_weights_are_checked_and_made_again(tmp_path):
     list(fit(config_of(), path, resume=True))
     Run.open(path).load()
     file.unlink()
-    list(fit(config_of(), path, resume=True))
+    events = list(fit(config_of(), path, resume=True))
     Run.open(path).load()
+    # Nothing is left to learn, and what to do about that is said.
+    assert [f"--init-from {path}" in event.line for event in events if isinstance(event, Warned)] == [True]
+    assert file.stat().st_mode == (path / "config.json").stat().st_mode  # who can read the one can read the other
 
 
 def test_a_checksum_sees_names_types_and_shapes():

@@ -45,7 +45,7 @@ def describe(name: str) -> dict[str, Any]:
         note = line.partition("#")[2].strip()
         if get_origin(hints[f.name]) is Literal:
             note += f"; one of {', '.join(map(str, get_args(hints[f.name])))}"
-        if f.name in getattr(cls.Config, "at_sampling", ()):
+        if f.name in getattr(cls.Config, "at_sampling", {}):
             note += "; `sample --set` changes it too"
         fields[f"process.{f.name} = {f.default}"] = note
     return {

@@ -101,6 +101,7 @@ def estimate(config: RunConfig, device: str, processes: int = 1) -> dict[str, An
     # Weights, gradients, averaged weights, and one (Muon) or two (AdamW) moments, in float32; activations come on top.
     return {
         "family": config.family,
+        "data": config.data.source,
         "characters_to_learn_from": sum(map(len, corpus.train)),
         "tokens_to_learn_from": text.training_tokens,
         "vocabulary": config.vocabulary,

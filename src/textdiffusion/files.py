@@ -10,6 +10,9 @@ from pathlib import Path
 
 from textdiffusion.errors import UserError
 
+_UMASK = os.umask(0o077)  # can be read by setting it only
+os.umask(_UMASK)
+
 
 def cache_folder() -> Path:
     """Where derived files are kept: $TEXTDIFFUSION_CACHE, else ~/.cache/textdiffusion."""
@@ -21,6 +24,7 @@ def place(path: Path, writer: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         writer(temporary)
+        os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write files for their owner alone
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -60,7 +60,7 @@ def load(
     model = _load(path, pick_device(device), precision, group)
     if settings:
         kind, run = type(model.process.config), model.config
-        known = [f"process.{name}" for name in getattr(kind, "at_sampling", ())]
+        known = [f"process.{name}" for name in getattr(kind, "at_sampling", {})]
         if other := [s for s in settings if s.partition("=")[0] not in known]:
             can = f"; what can: {', '.join(known)}" if known else ""
             raise UserError(f"{other[0].partition('=')[0]} of a run of {run.family} cannot be changed at sampling{can}")
@@ -69,6 +69,18 @@ def load(
         model.config = override(run, list(settings))
         model.process = build(model.config, network).on(grid)
     return model
+
+
+def check_settings(model: Model, settings: Sequence[str], sampler: str | None) -> None:
+    """Refuse a setting of the sampling that the sampler does not go by, and would not be seen to be left out.
+
+    Raises:
+        UserError: naming the samplers that do.
+    """
+    for name in (setting.partition("=")[0] for setting in settings):
+        by = type(model.process.config).at_sampling[name.removeprefix("process.")]
+        if sampler not in by:
+            raise UserError(f"{name} is of the sampler {' and '.join(by)} alone; add --sampler {by[0]}")
 
 
 def _load(path: str | Path | None, device: str, precision: Precision, group: Group) -> Model:

@@ -216,7 +216,7 @@ class Model:
         whole = template = self._template(length, prompt, infill)
         hold: Hold | None
         old = None if edit is None else encode(edit, self.tokenizer)
-        if old is not None and (not len(old) or (length is not None and length != len(old))):
+        if old is not None and length is not None and length != len(old):
             raise UserError(f"a text that is edited keeps its length, here {len(old)} tokens; leave out --length")
         if old is not None:
             length = len(old)

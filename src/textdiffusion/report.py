@@ -30,7 +30,7 @@ EXAMPLES, MOST_DRAWS = 32, 64  # examples for each number of hidden tokens; copi
 class RunReport:
     """Figures of a run on a text."""
 
-    run: str
+    family: str
     text: str
     likelihood: Report
     unlabelled: Figure | None  # of a labelled run: what the text costs without its labels
@@ -45,7 +45,7 @@ class RunReport:
     kept: bool = False  # the optimal grid has been measured, and is now in the run
 
     def as_dict(self) -> dict[str, Any]:
-        body = {"run": self.run, "text": self.text} | self.likelihood.as_dict() | {"unseen": self.unseen}
+        body = {"family": self.family, "text": self.text} | self.likelihood.as_dict() | {"unseen": self.unseen}
         body |= {"grid": self.grid, "pieces": self.pieces}
         if self.dead_codes is not None:
             body |= {"dead_codes": self.dead_codes}
@@ -73,7 +73,8 @@ class RunReport:
         if self.unlabelled is not None:
             out.append(f"  that is given the label of each window; without it  {self.unlabelled}")
         for figure in like.by_calls:
-            out.append(f"  at {figure.calls:>4} calls  {figure}   (sampler: {figure.sampler}, grid: {self.grid})")
+            how = f"{'exact; ' if figure.kind == 'exact' else ''}sampler: {figure.sampler}, grid: {self.grid}"
+            out.append(f"  at {figure.calls:>4} calls  {figure}   ({how})")
         if self.dead_codes is not None:
             out.append(
                 f"dead codes      {self.dead_codes:.2%} of the last call's law is on codes that stand for no token"

@@ -126,6 +126,8 @@ def check_writing(
         raise UserError(f"--top-p must be above 0 and at most 1, not {top_p:g}")
     if prompt is not None and infill is not None:
         raise UserError("give --prompt or --infill, not both: a template can begin with the prompt")
+    if edit == "":
+        raise UserError("--edit rewrites the text that it is given, and was given none")
     if edit is not None and (prompt is not None or infill is not None):
         raise UserError("--edit rewrites the text that it is given; leave out --prompt and --infill")
 

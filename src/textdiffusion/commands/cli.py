@@ -229,11 +229,13 @@ def _sample(args: argparse.Namespace) -> int:
         raise UserError(f"--best chooses among texts once they are written; leave out {others}")
     path, config = _run(args)
     check_label(args.label, config.labels, args.guidance, args.ramp)
-    from textdiffusion.loading import load, pick_device
+    from textdiffusion.loading import check_settings, load, pick_device
     from textdiffusion.parallel.distributed import joined
 
     with joined(pick_device(args.device)) as group:
-        return _write(args, load(path, args.device, args.precision, group, args.settings))
+        model = load(path, args.device, args.precision, group, args.settings)
+        check_settings(model, args.settings, args.sampler)
+        return _write(args, model)
 
 
 def _write(args: argparse.Namespace, model: Model) -> int:
@@ -368,7 +370,7 @@ def _measure(args: argparse.Namespace, path: Path, model: Model, calls: list[int
     if not model.group.main:
         return 0
     if args.json:
-        print(json.dumps(result.as_dict()))
+        print(json.dumps({"run": str(path)} | result.as_dict()))
     else:
         for line in result.lines():
             print(line)

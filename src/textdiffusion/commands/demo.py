@@ -37,10 +37,13 @@ def demo(minutes: float, seed: int, out: Path | None, device: str) -> int:
     # After `make demo` the command is in a virtual environment that nobody has activated.
     me = "textdiffusion" if shutil.which("textdiffusion") else sys.argv[0]
     console.print(
-        f"""{minutes:g} minutes and {stopped.step:,} steps teach a small network the spelling and habits of its text: of
-the words of 16 more texts {words:.0%} are words of it; sentences do not hold together. More time, more text and a
-larger network give more.
-
+        f"{minutes:g} minutes and {stopped.step:,} steps teach a small network something of the spelling and habits of "
+        f"its text: of the words of 16 more texts {words:.0%} are words of it; sentences do not hold together. More "
+        "time, more text and a larger network give more.",
+        highlight=False, markup=False,
+    )  # fmt: skip
+    console.print(
+        f"""
 Try next:
   {me} sample {path} --watch --calls 8           the same in 8 network calls: faster, rougher
   {me} sample {path} --infill "Return the ____"  fill gaps; an underscore is one token

@@ -51,7 +51,7 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p = verb("demo", "train a small model on built-in text and watch it write (about two minutes)", False)
     p.add_argument("--minutes", type=float, default=DEMO_MINUTES, help="minutes of training (default: 2)")
     p.add_argument("--out", type=Path, help="run directory (default: runs/demo)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="another number, other draws (default: 0)")
 
     p = verb("train", "train a model")
     p.add_argument("--family", default="masked", help="see `textdiffusion families` (default: masked)")
@@ -71,7 +71,7 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     budget = p.add_mutually_exclusive_group()
     budget.add_argument("--steps", type=int, help="optimiser steps")
     budget.add_argument("--minutes", type=float, help="minutes of wall clock (default: 5)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="another number, other draws (default: 0)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the newest)")
     p.add_argument("--init-from", metavar="MODEL",
                    help="begin with a run, a published checkpoint, or a model of transformers: "
@@ -107,7 +107,7 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("--temperature", type=float, default=1.0)
     p.add_argument("--top-p", type=float, help="draw from the likeliest tokens that hold this share")
     p.add_argument("--top-k", type=int, help="draw from so many likeliest tokens")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="another number, other draws (default: 0)")
     p.add_argument("--prompt", metavar="TEXT", help="how the texts begin")
     p.add_argument("--infill", metavar="TEXT", help='text with gaps, one underscore a token: "The ____ sat"')
     p.add_argument("--regex", metavar="PATTERN", help="texts match this regular expression as a whole")
@@ -158,7 +158,7 @@ def parser_of(acts: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpar
     p.add_argument("--length", type=int, help="their tokens (default: the training window)")
     p.add_argument("--temperature", type=float, default=1.0, help="of the samples")
     p.add_argument("--top-p", type=float, help="of the samples")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="another number, other draws (default: 0)")
 
     p = verb("compare", "train and measure several families alike, and write a page that says which to take")
     p.add_argument("--families", metavar="A,B,...", help="see `textdiffusion families` (default: all of them)")

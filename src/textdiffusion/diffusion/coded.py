@@ -52,18 +52,19 @@ from textdiffusion.process import Context, Gaussian, Network, Nll, Prediction, P
 class CodedConfig:
     """Fields of every family of codes under Gaussian noise."""
 
-    schedule: str = "adaptive"  # adaptive: what a token costs is linear in t, as measured in training
+    schedule: str = "adaptive"  # costs are linear in t, as measured; or cosine, linear, sqrt, rectified, even
     input: Literal["belief", "reals"] = "belief"  # what the network reads of a position
     evidence: bool = True  # a position's own evidence is added to what the network says of its token or bits
     times: int = 0  # noise levels that training draws from, as DDPM's 1,000; 0: all of them
     time: bool = False  # the network is told the noise level, at every layer; needed for reals, beliefs say it
     self_conditioning: float = 0.5  # share of the training examples that read what the network said before
     given: float = 0.2  # share of the training examples in which some positions have no noise
-    conditioning: Conditioning = "clean"  # or replacement: given tokens are made as noisy as the rest, which is biased
+    conditioning: Conditioning = "clean"  # given tokens have no noise; or that of the rest, which is biased
     churn: float = 0.5  # of the sampler churn: share of a step that it goes too far, and comes back by noise
     delta: float = 0.0  # of the sampler ddim: steps that the state is moved further than the network is told
 
-    at_sampling: ClassVar[tuple[str, ...]] = ("churn", "delta")  # may be set anew for each text
+    # What may be set anew for each text, and the samplers that go by it.
+    at_sampling: ClassVar[dict[str, tuple[str, ...]]] = {"churn": ("churn",), "delta": ("ddim",)}
 
     def __post_init__(self) -> None:
         known = (*LOG_SNRS, "adaptive")

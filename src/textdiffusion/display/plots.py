@@ -72,10 +72,10 @@ def save_calls(result: Mapping[str, Any], run: Path) -> Path | None:
     """Draw what `eval --calls` measured (a report as a dict) into calls.svg.
 
     Returns:
-        The file, or None where no number of calls has a figure.
+        The file, or None where fewer than two numbers of calls have a figure.
     """
     rows = [row for row in result["by_calls"] if row["bits_per_char"] is not None and row["kind"] != "none"]
-    if not rows:
+    if len({row["calls"] for row in rows}) < 2:
         return None
     figure, axes = _figure(4.6, 3.9)
     # A sampler may take other numbers of calls than it was asked for, and two may come to the same.

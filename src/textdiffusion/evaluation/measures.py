@@ -203,6 +203,8 @@ def _by_draws(
 ) -> list[_Sums]:
     """Each budget by itself, from draws of ``process.nll``; a family with an exact likelihood has the first alone."""
     out: list[_Sums] = []
+    # Network calls of a draw, about: all of a sampler's where each call hands something on to the next.
+    costs = [(budget or 2) if process.remembers else 1 for budget in budgets]
     for number, budget in enumerate(budgets):
         if out and out[0].kind == "exact":
             break
@@ -215,7 +217,8 @@ def _by_draws(
                 if own:
                     terms[:, part] += np.stack([getattr(nll, name).double().cpu().numpy() for name in TERMS])
                 done = (draw + min(begin + batch, len(x)) / len(x)) / draws
-                advance(done * draws if nll.kind == "exact" else (number + done) / len(budgets))
+                spent = (sum(costs[:number]) + done * costs[number]) / sum(costs)
+                advance(done * draws if nll.kind == "exact" else spent)
             draw += 1
             if nll.kind == "exact" or draw == draws:
                 break

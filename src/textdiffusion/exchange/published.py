@@ -142,9 +142,10 @@ def _tensors(file: Path) -> dict[str, Tensor]:
             body = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, AssertionError) as error:
         raise UserError(f"{file} is damaged or cut off ({_line(error)}); fetch it again") from None
-    except Exception as error:  # what the unpickler refuses: torch's own class of errors, and others
+    except Exception:  # what the unpickler refuses: torch's own class of errors, and others
         raise UserError(
-            f"{file} holds more than tensors ({_line(error)}), and nothing else is unpickled; save its state_dict alone"
+            f"{file} is no run (a folder), and no file of weights that can be read: it holds more than tensors, and "
+            "nothing else is unpickled; save its state_dict alone"
         ) from None
     average = body.get("ema") if isinstance(body, dict) else None
     for part in ("model_state_dict", "state_dict", "model"):

@@ -35,7 +35,7 @@ class AnalogBitsConfig(CodedConfig):
 
     output: Literal["softmax", "bits"] = "softmax"  # what the network says: a law of tokens, or one of each bit
     book: Literal["binary", "gray", "random"] = "binary"  # which number stands for a token
-    bits: int | None = None  # a token; None: as few as will do
+    bits: int | None = None  # bits a token; None: as few as will do
 
     def __post_init__(self) -> None:
         super().__post_init__()

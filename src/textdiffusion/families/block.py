@@ -48,7 +48,7 @@ class BlockConfig:
 
     block_length: int = 8  # tokens; 1 is left to right, the whole window masked diffusion
     mask_rate: Literal["uniform", "bell"] = "bell"  # in training, as in the masked family
-    weight: Literal["bound", "flat"] = "flat"  # flat: hidden tokens of whole blocks count the same; bound: blocks do
+    weight: Literal["bound", "flat"] = "flat"  # hidden tokens of whole blocks count the same (flat), or blocks (bound)
 
     def __post_init__(self) -> None:
         if not 1 <= self.block_length <= 10**6:

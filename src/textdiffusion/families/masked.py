@@ -43,7 +43,7 @@ class MaskedConfig:
 
     schedule: str = "linear"  # alpha(t) of the samplers' grid; the bound in continuous time does not depend on it
     mask_rate: Literal["uniform", "bell"] = "bell"  # in training; bell is N(1/2, 1/4) cut to (0, 1) (2605.13026)
-    weight: Literal["bound", "flat"] = "flat"  # flat: every hidden token counts the same; bound: every text does
+    weight: Literal["bound", "flat"] = "flat"  # every hidden token counts the same (flat), or every text (bound)
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:

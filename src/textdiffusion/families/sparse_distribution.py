@@ -63,7 +63,7 @@ class SparseDistributionConfig:
     refined: float = 0.5  # share of the training examples whose candidates are the network's own
     schedule: str = "linear"  # as in the masked family, and so the next two
     mask_rate: Literal["uniform", "bell"] = "bell"  # of training
-    weight: Literal["bound", "flat"] = "flat"  # flat: every hidden token counts the same
+    weight: Literal["bound", "flat"] = "flat"  # every hidden token counts the same (flat), or every text (bound)
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:

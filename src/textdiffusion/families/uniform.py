@@ -43,7 +43,8 @@ class UniformConfig:
     time: bool = False  # the network is told the noise level, at every layer: it learns later, or not at all
     renewal: float = 0.1  # share of the positions that the samplers psi and gibbs draw anew in a step
 
-    at_sampling: ClassVar[tuple[str, ...]] = ("renewal",)  # may be set anew for each text
+    # What may be set anew for each text, and the samplers that go by it.
+    at_sampling: ClassVar[dict[str, tuple[str, ...]]] = {"renewal": ("psi", "gibbs")}
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:

@@ -27,6 +27,7 @@ from textdiffusion.text.tokenizer import Tokenizer
 SEPARATORS = string.whitespace + string.digits + string.punctuation + "“”‘’«»–—…"
 LARGEST = 100_000  # states; more would take minutes to compile, and gigabytes
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+_BETWEEN = re.compile(f"[{re.escape(SEPARATORS)}]+")
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
 _CLASS = re.compile(r"\[\^?[^\]]*\]")
 
@@ -56,10 +57,17 @@ class Pattern:
         """The same from a single text to contain, or from a file of words.
 
         Raises:
-            UserError: the file cannot be read, or has no words.
+            UserError: the file cannot be read, or has no words, or none that a text to contain can be part of.
         """
         contained = (must_contain,) if isinstance(must_contain, str) else tuple(must_contain)
-        return cls(regex, contained, None if words is None else tuple(read_words(words)), acrostic)
+        if words is None:
+            return cls(regex, contained, None, acrostic)
+        listed = tuple(read_words(words))
+        known = "\n".join(listed).lower()
+        for piece in _BETWEEN.split(" ".join(contained).lower()):
+            if piece not in known:
+                raise UserError(f"no word of --words has {piece!r} in it, which --must-contain asks for; change either")
+        return cls(regex, contained, listed, acrostic)
 
     @property
     def flags(self) -> str:

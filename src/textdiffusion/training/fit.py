@@ -239,6 +239,11 @@ def _train(
         path, config.family, parameters, tokenizer.vocabulary, text.training_tokens,
         text.validation_tokens, str(config.training.precision), tokenizer.describe(), learner.step,
     )  # fmt: skip
+    if resume and learner.progress >= 1:
+        yield Warned(
+            f"this run has made all of its steps; to train on with its weights: textdiffusion train --init-from {path} "
+            f"--data {config.data.source} --minutes 5"
+        )
     for line in wrong:
         yield Warned(f"{line}; going on from step {learner.step:,}")
 

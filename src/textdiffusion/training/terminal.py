@@ -139,7 +139,7 @@ def leave_plot(run: Path, save: Callable[[ModuleType], Path | None], quiet: bool
     else:
         try:
             file = save(plots)
-            said = None if file is None else f"plot: {file}"
+            said = "no plot: a curve takes two points" if file is None else f"plot: {file}"
         except OSError as error:  # what was trained or measured is there all the same
             said = f"no plot: {error.filename or run}: {error.strerror or error}"
     if said is not None and not quiet:
