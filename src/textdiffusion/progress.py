@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,13 +30,13 @@ def watched(watcher: Callable[[str, float], None]) -> Iterator[None]:
 @contextmanager
 def shown(quiet: bool = False) -> Iterator[None]:
     """Show what is told meanwhile as a bar with the time left, which goes when all is done; only in a terminal."""
+    if quiet or not sys.stderr.isatty():  # what is asked for goes to the other stream
+        yield
+        return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)  # what is asked for goes to the other stream
-    if quiet or not console.is_terminal:
-        yield
-        return
+    console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, speed_estimate_period=MEMORY) as bar:
         tasks: dict[str, TaskID] = {}
