@@ -36,7 +36,8 @@ def commands(page: Path) -> list[str]:
 def quickly(command: str) -> list[str]:
     """The same command with next to nothing to learn, and few calls."""
     if command.startswith("textdiffusion train") and "--resume" not in command and "--dry-run" not in command:
-        command = re.sub(r"--(minutes|steps|depth|length) [\d.]+", "", command) + " " + SMALL
+        small = "--steps 2 --set training.batch=4" if "--init-from runs/" in command else SMALL  # its shape is kept
+        command = re.sub(r"--(minutes|steps|depth|length) [\d.]+", "", command) + " " + small
     if command.startswith("textdiffusion eval"):
         command = re.sub(r"--eval-tokens \d+", "--eval-tokens 60", command)
     return shlex.split(command)[1:]

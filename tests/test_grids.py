@@ -211,7 +211,7 @@ def test_the_commands_of_the_page_of_samplers_run(trained, capsys):
     assert said["grid"] == "optimal" and [figure["calls"] for figure in said["by_calls"]] == [4]
     assert main(["eval", run, "--samples", "0", "--sampler", "margin", "--calls", "4,16", "--eval-tokens", "640"]) == 0
     shown = capsys.readouterr().out
-    assert "at    4 calls  " in shown and "(sampler: margin, grid: optimal)" in shown
+    assert "at    4 calls  " in shown and "(exact; sampler: margin, grid: optimal)" in shown
     figures = [line for line in shown.splitlines() if "sampler: margin" in line]
     assert len(figures) == 2 and not any("<=" in line for line in figures)  # exact
     assert main(["eval", str(trained / "autoregressive"), "--samples", "0", "--keep-grid"]) == 2
