@@ -162,7 +162,10 @@ def test_bad_words_and_tokenizers_are_refused(tmp_path):
             Pattern.of(words=words)
     (tmp_path / "words.txt").write_text("the cat, 'sat';\nwell-read 12th don't\n")
     assert Pattern.of(words=tmp_path / "words.txt").words == ("cat", "don't", "sat", "th", "the", "well-read")
-    with pytest.raises(UserError, match="no word of --words has 'cats' in it"):
+    assert Pattern.of(must_contain="ΔΟΣ", words=["ΔΟΣΑ"]) and Pattern.of(
+        must_contain="The Don't", words=["the", "don't"]
+    )
+    with pytest.raises(UserError, match="no word of --words has 'Cats' in it"):
         Pattern.of(must_contain=("the well", "12 Cats!"), words=tmp_path / "words.txt")
     assert Pattern.of(must_contain=("he cat", "don"), words=tmp_path / "words.txt").must_contain == ("he cat", "don")
     with pytest.raises(UserError, match="letters alone"):

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from textdiffusion.errors import UserError
-
-_UMASK = os.umask(0o077)  # can be read by setting it only
-os.umask(_UMASK)
 
 
 def cache_folder() -> Path:
@@ -23,8 +21,11 @@ def place(path: Path, writer: Callable[[Path], object]) -> None:
     """Have a file written beside, and put in place when it is whole and on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         writer(temporary)
-        os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write files for their owner alone
+        with contextlib.suppress(OSError):  # some libraries write files for their owner alone
+            os.chmod(temporary, mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

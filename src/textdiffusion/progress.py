@@ -46,7 +46,7 @@ def shown(quiet: bool = False) -> Iterator[None]:
                 for done in tasks.values():
                     bar.update(done, visible=False)
                 tasks[what] = bar.add_task(what, total=1.0)
-            bar.update(tasks[what], completed=share)
+            bar.update(tasks[what], completed=share, visible=True)
 
         with watched(watcher):
             yield

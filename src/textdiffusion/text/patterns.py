@@ -63,8 +63,8 @@ class Pattern:
         if words is None:
             return cls(regex, contained, None, acrostic)
         listed = tuple(read_words(words))
-        known = "\n".join(listed).lower()
-        for piece in _BETWEEN.split(" ".join(contained).lower()):
+        known = "\n".join(form for word in listed for form in (word, word[:1].upper() + word[1:]))
+        for piece in _BETWEEN.split(" ".join(contained)):
             if piece not in known:
                 raise UserError(f"no word of --words has {piece!r} in it, which --must-contain asks for; change either")
         return cls(regex, contained, listed, acrostic)

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from textdiffusion.errors import UserError
-from textdiffusion.files import checksum, flush, write
+from textdiffusion.files import checksum, flush, place, write
 from textdiffusion.parallel.distributed import ALONE, Group
 from textdiffusion.parallel.sharding import local
 from textdiffusion.tensors import CANNOT, load_tensors
@@ -100,7 +100,7 @@ class Checkpoints:
         _check_finite(tensors)
         temporary = self._begin()
         try:
-            save_file(tensors, temporary / "state.safetensors", metadata={"format": "pt"})
+            place(temporary / "state.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"}))
             self._seal(temporary, step, numbers)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -228,6 +228,8 @@ def _resharded(path: Path, learner: Learner) -> dict[str, Tensor]:
     for name, entry in there.items():
         assert isinstance(entry, TensorStorageMetadata)
         like = here.get(name)
+        if like is None and not name.startswith("optimizer."):
+            continue  # the table of counts, which was once held twice
         if like is None:  # of an optimiser that has not made a step yet
             _, i, j, _ = name.split(".", 3)
             like = parameters[int(i)][int(j)].detach()
